@@ -1,0 +1,264 @@
+//! What answers a service's bytes.
+//!
+//! A [`StreamHandler`] is written once and driven twice: on the active over a kernel socket, on the
+//! standby over a shadow. Both must write the same bytes at the same stream offsets, so a handler
+//! is a function of the client's bytes alone: not of how they were cut into segments, not of when
+//! they came, not of how much room there was. A handler that cannot promise this says so in
+//! [`HandlerKind::output`].
+
+/// What the output of a handler depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// On the client's bytes alone: a shadow may compute it.
+    Replicated,
+    /// On something that two nodes do not share (a clock, a random number). A shadow does not run
+    /// such a handler; it keeps what it saw the active send. At takeover a flow whose output was
+    /// complete goes on, any other is reset rather than continued with wrong bytes.
+    Observed,
+}
+
+/// What one call of [`StreamHandler::advance`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes taken from the front of the input.
+    pub consumed: usize,
+    /// Bytes written to the front of the room.
+    pub produced: usize,
+    /// Nothing more will ever be written: the output may be closed after what was produced.
+    pub finished: bool,
+}
+
+/// Answers one TCP connection.
+pub trait StreamHandler: Send {
+    /// Takes what it can of `input`, writes what it can to `room`. `eof` says that the client sends
+    /// nothing behind `input`. Called again whenever there is new input, new room or end of input;
+    /// no progress means "nothing to do until then". Call until nothing was consumed or produced.
+    fn advance(&mut self, input: &[u8], eof: bool, room: &mut [u8]) -> Progress;
+}
+
+/// The built-in handlers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HandlerKind {
+    /// RFC 862: sends back what it gets.
+    Echo,
+    /// RFC 863: swallows what it gets.
+    Discard,
+    /// RFC 864: sends a rotating pattern until the client closes.
+    Chargen,
+    /// RFC 867: sends date and time, closes.
+    Daytime,
+}
+
+impl HandlerKind {
+    /// All built-in handlers.
+    pub const ALL: [HandlerKind; 4] = [
+        HandlerKind::Echo,
+        HandlerKind::Discard,
+        HandlerKind::Chargen,
+        HandlerKind::Daytime,
+    ];
+
+    /// The word used in the config.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            HandlerKind::Echo => "echo",
+            HandlerKind::Discard => "discard",
+            HandlerKind::Chargen => "chargen",
+            HandlerKind::Daytime => "daytime",
+        }
+    }
+
+    /// What its output depends on.
+    pub const fn output(self) -> Output {
+        match self {
+            HandlerKind::Echo | HandlerKind::Discard | HandlerKind::Chargen => Output::Replicated,
+            HandlerKind::Daytime => Output::Observed,
+        }
+    }
+
+    /// A handler for a new TCP connection.
+    pub fn stream(self) -> Box<dyn StreamHandler> {
+        match self {
+            HandlerKind::Echo => Box::new(Echo),
+            HandlerKind::Discard => Box::new(Discard),
+            HandlerKind::Chargen => Box::new(Chargen { position: 0 }),
+            HandlerKind::Daytime => Box::new(Daytime::new(std::time::SystemTime::now())),
+        }
+    }
+
+    /// The answer to a UDP datagram, if there is one.
+    pub fn datagram(self, input: &[u8]) -> Option<Vec<u8>> {
+        match self {
+            HandlerKind::Echo => Some(input.to_vec()),
+            HandlerKind::Discard => None,
+            // RFC 864 asks for 0 to 512 octets at random; one line keeps the answer small, so that
+            // a forged source address gains an attacker little.
+            HandlerKind::Chargen => {
+                let mut line = vec![0; CHARGEN_LINE];
+                chargen_fill(0, &mut line);
+                Some(line)
+            }
+            HandlerKind::Daytime => Some(daytime(std::time::SystemTime::now()).into_bytes()),
+        }
+    }
+}
+
+struct Echo;
+
+impl StreamHandler for Echo {
+    fn advance(&mut self, input: &[u8], eof: bool, room: &mut [u8]) -> Progress {
+        let count = input.len().min(room.len());
+        room[..count].copy_from_slice(&input[..count]);
+        Progress {
+            consumed: count,
+            produced: count,
+            finished: eof && count == input.len(),
+        }
+    }
+}
+
+struct Discard;
+
+impl StreamHandler for Discard {
+    fn advance(&mut self, input: &[u8], eof: bool, _room: &mut [u8]) -> Progress {
+        Progress {
+            consumed: input.len(),
+            produced: 0,
+            finished: eof,
+        }
+    }
+}
+
+/// 95 printable characters, 72 a line, each line begins one character later (RFC 864 section 3).
+const CHARGEN_FIRST: u8 = b' ';
+const CHARGEN_CHARS: u64 = 95;
+const CHARGEN_TEXT: u64 = 72;
+const CHARGEN_LINE: usize = CHARGEN_TEXT as usize + 2;
+
+/// Never finishes by itself: where it would stop at the client's half-close would depend on timing.
+struct Chargen {
+    position: u64,
+}
+
+impl StreamHandler for Chargen {
+    fn advance(&mut self, input: &[u8], _eof: bool, room: &mut [u8]) -> Progress {
+        chargen_fill(self.position, room);
+        self.position += room.len() as u64;
+        Progress {
+            consumed: input.len(),
+            produced: room.len(),
+            finished: false,
+        }
+    }
+}
+
+/// Writes the RFC 864 pattern from stream offset `position` on.
+pub fn chargen_fill(position: u64, room: &mut [u8]) {
+    let mut line = position / CHARGEN_LINE as u64;
+    let mut column = position % CHARGEN_LINE as u64;
+    for byte in room {
+        *byte = match column {
+            CHARGEN_TEXT => b'\r',
+            73 => b'\n',
+            _ => CHARGEN_FIRST + ((line + column) % CHARGEN_CHARS) as u8,
+        };
+        column += 1;
+        if column == CHARGEN_LINE as u64 {
+            column = 0;
+            line += 1;
+        }
+    }
+}
+
+/// The time is that of the connection, so that a retry writes the same bytes.
+struct Daytime {
+    text: Vec<u8>,
+    written: usize,
+}
+
+impl Daytime {
+    fn new(now: std::time::SystemTime) -> Self {
+        Self {
+            text: daytime(now).into_bytes(),
+            written: 0,
+        }
+    }
+}
+
+impl StreamHandler for Daytime {
+    fn advance(&mut self, input: &[u8], _eof: bool, room: &mut [u8]) -> Progress {
+        let rest = &self.text[self.written..];
+        let count = rest.len().min(room.len());
+        room[..count].copy_from_slice(&rest[..count]);
+        self.written += count;
+        Progress {
+            consumed: input.len(),
+            produced: count,
+            finished: self.written == self.text.len(),
+        }
+    }
+}
+
+/// RFC 867 leaves the form open; RFC 3339 in UTC is read by everything.
+fn daytime(now: std::time::SystemTime) -> String {
+    format!("{}\r\n", humantime::format_rfc3339_seconds(now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a handler with input and room cut by `cuts`.
+    fn run(kind: HandlerKind, input: &[u8], cuts: &[usize], limit: usize) -> Vec<u8> {
+        let mut handler = kind.stream();
+        let mut output = Vec::new();
+        let mut rest = input;
+        for &cut in cuts.iter().cycle() {
+            let mut room = vec![0; cut.min(limit - output.len())];
+            let offered = &rest[..cut.min(rest.len())];
+            let progress = handler.advance(offered, offered.len() == rest.len(), &mut room);
+            output.extend_from_slice(&room[..progress.produced]);
+            rest = &rest[progress.consumed..];
+            if progress.finished || output.len() == limit {
+                return output;
+            }
+        }
+        output
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn replicated_output_does_not_depend_on_segmentation(
+            input in proptest::collection::vec(proptest::num::u8::ANY, 0..600),
+            cuts in proptest::collection::vec(1usize..90, 1..8),
+        ) {
+            for kind in HandlerKind::ALL.into_iter().filter(|k| k.output() == Output::Replicated) {
+                proptest::prop_assert_eq!(
+                    run(kind, &input, &cuts, 1000),
+                    run(kind, &input, &[1000], 1000)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn chargen_prints_the_pattern_of_rfc_864() {
+        let mut two_lines = [0; 2 * CHARGEN_LINE];
+        chargen_fill(0, &mut two_lines);
+        let text = std::str::from_utf8(&two_lines).unwrap();
+        let lines: Vec<&str> = text.split("\r\n").collect();
+        assert!(lines[0].starts_with(" !\"#$%&'()*+") && lines[0].len() == 72);
+        assert!(lines[1].starts_with("!\"#$%&'()*+,") && lines[1].len() == 72);
+    }
+
+    #[test]
+    fn daytime_is_the_only_handler_that_is_not_replicated() {
+        for kind in HandlerKind::ALL {
+            assert_eq!(
+                kind.output() == Output::Observed,
+                kind == HandlerKind::Daytime
+            );
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! The RFSIS agent as a library. The binary is a thin shell around it.
+//!
+//! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
+//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
+//! [`handler`] (what answers a service's bytes).
+//!
+//! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
+//! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
+//! [`control`], [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
+
+pub mod agent;
+pub mod bpf;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod engine;
+pub mod flows;
+pub mod handler;
+pub mod heartbeat;
+pub mod metrics;
+pub mod netif;
+pub mod node;
+pub mod pulse;
+pub mod services;
+pub mod shadow;
+pub mod sys;

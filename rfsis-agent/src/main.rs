@@ -1,0 +1,3 @@
+//! `rfsis-agent`: see the crate's library.
+
+fn main() {}

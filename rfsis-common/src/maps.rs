@@ -1,0 +1,185 @@
+//! Keys and values of the eBPF maps. All `repr(C)`, without padding that is not named.
+
+/// What a node is now. The number is what stands in the [`NodeState`] map and in a heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum State {
+    /// Mirrors the VIP's traffic, says nothing for the VIP.
+    Standby = 0,
+    /// Answers for the VIP.
+    Active = 1,
+    /// Deadline passed, the map write and the announcement are under way.
+    TakingOver = 2,
+    /// Was active and found its lease lapsed: silent until it knows what the peer did meanwhile.
+    Fenced = 3,
+}
+
+impl State {
+    /// All states, in the order of their numbers.
+    pub const ALL: [State; 4] = [
+        State::Standby,
+        State::Active,
+        State::TakingOver,
+        State::Fenced,
+    ];
+
+    /// The state with this number, if there is one.
+    pub const fn from_u8(value: u8) -> Option<State> {
+        match value {
+            0 => Some(State::Standby),
+            1 => Some(State::Active),
+            2 => Some(State::TakingOver),
+            3 => Some(State::Fenced),
+            _ => None,
+        }
+    }
+
+    /// The word used in logs, metrics and `status`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            State::Standby => "standby",
+            State::Active => "active",
+            State::TakingOver => "taking_over",
+            State::Fenced => "fenced",
+        }
+    }
+}
+
+/// The one value of map `STATE`: written by the agent, read by every program per frame.
+///
+/// A takeover is one write of this value. A reader may see it half-written (array maps copy word by
+/// word): the new state with the old lease is a lapsed lease, the old state with the new lease is
+/// not active, so both halves read as *closed*.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct NodeState {
+    /// [`State`] as a number; anything unknown reads as standby.
+    pub state: u64,
+    /// Past this `bpf_ktime_get_ns` (CLOCK_MONOTONIC, ns) the gate is closed whatever the state.
+    pub lease_ns: u64,
+}
+
+/// One connection: the client's end and the service port. The VIP is the same for all.
+///
+/// Numbers are in host byte order. Key of `LIVE_FLOWS`, `APPROVED_FLOWS` and `LOST_FLOWS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct FlowKey {
+    /// IPv4 address of the client.
+    pub client_addr: u32,
+    /// TCP port of the client.
+    pub client_port: u16,
+    /// TCP port of the service on the VIP.
+    pub service_port: u16,
+}
+
+/// Which way a mirrored frame goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Direction {
+    /// Addressed to the VIP.
+    ToVip = 0,
+    /// Sent from the VIP: by the active node, or by somebody who claims to be it.
+    FromVip = 1,
+}
+
+/// Header in front of every frame in the ring `FRAMES`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FrameHeader {
+    /// Arrival, `bpf_ktime_get_ns` (CLOCK_MONOTONIC, ns).
+    pub arrival_ns: u64,
+    /// Bytes of the frame that follow, from the Ethernet header on.
+    pub len: u32,
+    /// Interface that the frame came in on.
+    pub ifindex: u32,
+    /// [`Direction`] as a number; ARP requests for the VIP count as `ToVip`.
+    pub direction: u32,
+    /// Bytes from the start of the frame to the layer-3 header (14, or more behind a VLAN tag 0).
+    pub l3_offset: u32,
+}
+
+/// Bytes of [`FrameHeader`].
+pub const FRAME_HEADER_LEN: usize = size_of::<FrameHeader>();
+
+/// Slot sizes of the ring `FRAMES`, header included, bytes: `RingBuf::reserve` takes constants only.
+/// The last holds any GSO super-frame.
+pub const FRAME_SLOTS: [usize; 4] = [256, 2048, 9216 + 256, 65536 + 256];
+
+/// Most bytes of a heartbeat frame that are copied; what is longer is cut and so fails its checks.
+pub const HEARTBEAT_CAPTURE: usize = 192;
+
+/// An entry of the ring `HEARTBEATS`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct HeartbeatEvent {
+    /// Arrival, `bpf_ktime_get_ns` (CLOCK_MONOTONIC, ns).
+    pub arrival_ns: u64,
+    /// Valid bytes of `frame`.
+    pub len: u32,
+    /// Interface that the frame came in on.
+    pub ifindex: u32,
+    /// The frame from the Ethernet header on.
+    pub frame: [u8; HEARTBEAT_CAPTURE],
+}
+
+/// An entry of the ring `HELD`: the gate held back a FIN or RST that nobody approved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct HeldEvent {
+    /// When, `bpf_ktime_get_ns` (CLOCK_MONOTONIC, ns).
+    pub at_ns: u64,
+    /// The flow.
+    pub flow: FlowKey,
+    /// TCP sequence number of the held segment.
+    pub seq: u32,
+    /// TCP acknowledgement number of the held segment.
+    pub ack: u32,
+    /// TCP flags (RFC 9293 section 3.1), low byte.
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// Names of maps and programs, the same on both sides of the kernel boundary.
+pub mod names {
+    /// XDP program, ingress.
+    pub const XDP: &str = "rfsis_xdp";
+    /// TC program, egress.
+    pub const GATE: &str = "rfsis_gate";
+    /// `Array<NodeState>`, one entry.
+    pub const STATE: &str = "STATE";
+    /// `HashMap<FlowKey, u8>`: flows that live on a shadow.
+    pub const LIVE_FLOWS: &str = "LIVE_FLOWS";
+    /// `LruHashMap<FlowKey, u8>`: flows whose FIN or RST may leave.
+    pub const APPROVED_FLOWS: &str = "APPROVED_FLOWS";
+    /// `LruHashMap<FlowKey, u64>`: flows that lost a copy to a full ring, with the time, ns.
+    pub const LOST_FLOWS: &str = "LOST_FLOWS";
+    /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds.
+    pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
+    /// `RingBuf` of [`super::HeartbeatEvent`].
+    pub const HEARTBEATS: &str = "HEARTBEATS";
+    /// `RingBuf` of [`super::FrameHeader`] and frame.
+    pub const FRAMES: &str = "FRAMES";
+    /// `RingBuf` of [`super::HeldEvent`].
+    pub const HELD: &str = "HELD";
+    /// `PerCpuArray<u64>` indexed by [`crate::verdict::XdpVerdict`].
+    pub const XDP_COUNTERS: &str = "XDP_COUNTERS";
+    /// `PerCpuArray<u64>` indexed by [`crate::verdict::GateVerdict`].
+    pub const GATE_COUNTERS: &str = "GATE_COUNTERS";
+    /// Global: the VIP, IPv4 in host byte order.
+    pub const VIP: &str = "VIP";
+}
+
+/// Name of a flow for maps with a plain marker value.
+pub const PRESENT: u8 = 1;
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{FlowKey, NodeState};
+
+    // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
+    unsafe impl aya::Pod for NodeState {}
+    // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
+    unsafe impl aya::Pod for FlowKey {}
+}
