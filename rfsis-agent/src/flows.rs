@@ -1,1 +1,791 @@
-//! Stub.
+//! All flows of the VIP: who gets a frame, how many there may be, what happens at takeover.
+//!
+//! Sans-IO: [`Flows::process_frame`], [`Flows::go_live`] and [`Flows::poll`] take what happened and
+//! the time, and act through [`Effects`]. The agent and the tests run this same code.
+//!
+//! ```text
+//!  SYN ──► opening ──(SYN-ACK of the active)──► opening, in LIVE_FLOWS
+//!                          │
+//!                          └─(client's ACK, or takeover)──► shadow ──► closed, reaped
+//!  segment of an unknown flow from the active ──► unprotected
+//! ```
+//!
+//! Nothing is built for a connection before its handshake is complete, so a SYN flood costs an
+//! entry of fixed size in a bounded table.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::Ipv4Addr;
+
+use rfsis_common::frame::tcp_flags;
+use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
+use smoltcp::socket::tcp::State;
+
+use crate::handler::HandlerKind;
+use crate::node::Nanos;
+use crate::segment::{self, Options, Segment, SegmentError};
+use crate::shadow::{
+    Condition, Context, Handshake, Outgoing, ResetReason, Shadow, learn_isn, reset_packet,
+};
+use crate::wire::Wire;
+
+const SECOND: Nanos = 1_000_000_000;
+
+/// Handshakes under way at the most; at the bound the oldest is forgotten.
+const MAX_OPENINGS: usize = 16_384;
+
+/// A handshake that is not completed by then was given up by the client (RFC 6298, `tcp_syn_retries`).
+const OPENING_TIMEOUT: Nanos = 130 * SECOND;
+
+/// How long a closed flow answers late segments (RFC 9293 section 3.10.8, Linux's 60 s).
+const TIME_WAIT: Nanos = 60 * SECOND;
+
+/// A live flow whose client acknowledges nothing for so long is gone (Linux `tcp_retries2`, 15 min).
+const SILENT_CLIENT: Nanos = 924 * SECOND;
+
+/// A flow is not looked at more often than this without a frame, ns.
+const MIN_TIMER: Nanos = 1_000_000;
+
+/// Handlers see at most so much input at once, bytes.
+const SCRATCH: usize = 16 * 1024;
+
+/// Bounds and surroundings of the flows.
+#[derive(Clone, Debug)]
+pub struct FlowsConfig {
+    /// The virtual IP.
+    pub vip: Ipv4Addr,
+    /// TCP services by port.
+    pub services: HashMap<u16, HandlerKind>,
+    /// Shadows at the most.
+    pub max_flows: usize,
+    /// Bytes that all shadows may hold together.
+    pub max_bytes: usize,
+    /// A flow without a frame for so long is forgotten, ns.
+    pub idle_timeout: Nanos,
+    /// MTU of the interface, bytes.
+    pub mtu: usize,
+}
+
+/// What the flows do to the world.
+pub trait Effects {
+    /// Sends a whole IPv4 packet from the VIP.
+    fn send(&mut self, packet: &[u8]);
+    /// Lets FIN and RST of this flow pass the gate. Always before such a packet is sent.
+    fn approve(&mut self, flow: FlowKey);
+    /// Puts a flow into `LIVE_FLOWS`; false if there is no room.
+    fn protect(&mut self, flow: FlowKey) -> bool;
+    /// Takes a flow out of `LIVE_FLOWS`.
+    fn release(&mut self, flow: FlowKey);
+    /// Keeps the way to this client resolved.
+    fn warm(&mut self, client: Ipv4Addr);
+}
+
+/// What became of a mirrored frame. Each is a label of `rfsis_frames_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FrameResult {
+    /// From a client, taken by its flow.
+    Taken,
+    /// From the active, noted by its flow.
+    FromActive,
+    /// Of no flow that is known, or of no service.
+    UnknownFlow,
+    /// Not parsed.
+    Refused(SegmentError),
+}
+
+impl FrameResult {
+    /// Value of the metrics label `result`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            FrameResult::Taken => "ok",
+            FrameResult::FromActive => "from_active",
+            FrameResult::UnknownFlow => "unknown_flow",
+            FrameResult::Refused(error) => error.as_str(),
+        }
+    }
+}
+
+/// A handshake under way.
+#[derive(Clone, Copy, Debug)]
+struct Opening {
+    client_isn: u32,
+    client_window: u16,
+    client: Options,
+    /// Initial sequence number and options of the active.
+    answer: Option<(u32, Options)>,
+    since: Nanos,
+}
+
+#[derive(Debug)]
+enum Flow {
+    Shadow(Box<Shadow>),
+    /// Older than this standby, or beyond a bound. Known so that it can be reset at takeover.
+    Unprotected {
+        client_ack: Option<u32>,
+        last_activity: Nanos,
+    },
+}
+
+/// Flows by condition, and what they hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Handshakes that the active has answered and the client has not completed.
+    pub handshake: usize,
+    /// In lockstep.
+    pub lockstep: usize,
+    /// Lost a copy.
+    pub lagging: usize,
+    /// Other bytes than the active's.
+    pub diverged: usize,
+    /// Without a shadow.
+    pub unprotected: usize,
+    /// Speaking for the VIP.
+    pub live: usize,
+    /// Bytes that active nodes acknowledged and shadows do not hold.
+    pub lag_bytes: u64,
+    /// Bytes that shadows hold.
+    pub bytes: usize,
+}
+
+/// What a takeover did to the flows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TakeoverReport {
+    /// Flows that go on.
+    pub live: usize,
+    /// Of these, flows that had something to say at once.
+    pub spoke: usize,
+    /// Flows that were reset, by reason.
+    pub resets: Vec<(ResetReason, usize)>,
+}
+
+/// All flows of the VIP.
+#[derive(Debug)]
+pub struct Flows {
+    config: FlowsConfig,
+    shadow_isn: u32,
+    wire: Wire,
+    scratch: Vec<u8>,
+    out: Vec<Outgoing>,
+    flows: HashMap<FlowKey, Flow>,
+    openings: HashMap<FlowKey, Opening>,
+    opening_order: VecDeque<(FlowKey, u32)>,
+    /// The options that a service's kernel socket announced last, for when a SYN-ACK's copy is lost.
+    answers: HashMap<u16, Options>,
+    timers: BTreeSet<(Nanos, FlowKey)>,
+    timer_of: HashMap<FlowKey, Nanos>,
+    bytes: usize,
+    live: bool,
+    refused: u64,
+    next_sweep: Nanos,
+}
+
+/// smoltcp does not answer a handshake: a version that this code does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the shadow stack does not answer a SYN; this build and its smoltcp do not fit")]
+pub struct NoShadow;
+
+impl Flows {
+    /// No flows yet, standby.
+    pub fn new(config: FlowsConfig) -> Result<Self, NoShadow> {
+        let mut wire = Wire::new(config.mtu);
+        let shadow_isn = learn_isn(&mut wire).ok_or(NoShadow)?;
+        Ok(Self {
+            shadow_isn,
+            wire,
+            scratch: vec![0; SCRATCH],
+            out: Vec::new(),
+            flows: HashMap::new(),
+            openings: HashMap::new(),
+            opening_order: VecDeque::new(),
+            answers: HashMap::new(),
+            timers: BTreeSet::new(),
+            timer_of: HashMap::new(),
+            bytes: 0,
+            live: false,
+            refused: 0,
+            next_sweep: 0,
+            config,
+        })
+    }
+
+    /// New flows that were left unprotected at a bound, since the start.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Takes a mirrored IPv4 packet. `now` is its arrival.
+    pub fn process_frame(
+        &mut self,
+        packet: &[u8],
+        direction: Direction,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> FrameResult {
+        let (flow, segment) = match segment::parse(packet, direction) {
+            Ok(parsed) => parsed,
+            Err(error) => return FrameResult::Refused(error),
+        };
+        if !self.config.services.contains_key(&flow.service_port) {
+            return FrameResult::UnknownFlow;
+        }
+        let known = match direction {
+            Direction::ToVip => self.process_client(flow, &segment, now, fx),
+            Direction::FromVip if self.live => false,
+            Direction::FromVip => self.process_active(flow, &segment, now, fx),
+        };
+        match (known, direction) {
+            (false, _) => FrameResult::UnknownFlow,
+            (true, Direction::ToVip) => FrameResult::Taken,
+            (true, Direction::FromVip) => FrameResult::FromActive,
+        }
+    }
+
+    fn process_client(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> bool {
+        if segment.syn && segment.ack.is_none() && !segment.rst {
+            return self.process_syn(flow, segment, now, fx);
+        }
+        if let Some(opening) = self.openings.get(&flow)
+            && segment.seq == opening.client_isn.wrapping_add(1)
+        {
+            if segment.rst {
+                self.forget_opening(flow, fx);
+                return true;
+            }
+            if let Some(ack) = segment.ack {
+                self.complete(flow, ack, now, fx);
+            }
+        }
+        match self.flows.get_mut(&flow) {
+            Some(Flow::Unprotected {
+                client_ack,
+                last_activity,
+            }) => {
+                *client_ack = segment.ack.or(*client_ack);
+                *last_activity = now;
+                if segment.rst {
+                    self.flows.remove(&flow);
+                }
+                true
+            }
+            Some(Flow::Shadow(_)) => {
+                self.with_shadow(flow, now, fx, |shadow, cx| {
+                    shadow.process_client(segment, cx);
+                });
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn process_syn(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> bool {
+        if self.live {
+            // Only flows that live on a shadow are mirrored now. A new connection on the ports of
+            // one that has ended belongs to the kernel; the client's next try finds the way free.
+            let ended = match self.flows.get(&flow) {
+                Some(Flow::Shadow(shadow)) => {
+                    matches!(shadow.state(), State::TimeWait | State::Closed)
+                }
+                _ => true,
+            };
+            if ended {
+                self.remove(flow, fx);
+            } else {
+                self.with_shadow(flow, now, fx, |shadow, cx| {
+                    shadow.process_client(segment, cx);
+                });
+            }
+            return true;
+        }
+        if let Some(opening) = self.openings.get(&flow)
+            && opening.client_isn == segment.seq
+        {
+            return true;
+        }
+        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
+            && shadow.handshake().client_isn == segment.seq
+        {
+            return true;
+        }
+        while self.openings.len() >= MAX_OPENINGS {
+            let Some((oldest, isn)) = self.opening_order.pop_front() else {
+                break;
+            };
+            if self
+                .openings
+                .get(&oldest)
+                .is_some_and(|o| o.client_isn == isn)
+            {
+                self.forget_opening(oldest, fx);
+            }
+        }
+        self.opening_order.push_back((flow, segment.seq));
+        self.openings.insert(
+            flow,
+            Opening {
+                client_isn: segment.seq,
+                client_window: segment.window,
+                client: segment.options,
+                answer: None,
+                since: now,
+            },
+        );
+        true
+    }
+
+    fn forget_opening(&mut self, flow: FlowKey, fx: &mut impl Effects) {
+        if let Some(opening) = self.openings.remove(&flow)
+            && opening.answer.is_some()
+            && !self.flows.contains_key(&flow)
+        {
+            fx.release(flow);
+        }
+    }
+
+    fn process_active(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> bool {
+        if segment.syn {
+            return self.process_syn_ack(flow, segment, fx);
+        }
+        // The active sends data: the client's ACK reached it, if not its copy this standby.
+        if !segment.rst
+            && let Some(&Opening {
+                client_isn,
+                answer: Some((active_isn, _)),
+                client_window,
+                client,
+                ..
+            }) = self.openings.get(&flow)
+            && segment.seq == active_isn.wrapping_add(1)
+        {
+            let ack = active_isn.wrapping_add(1);
+            self.complete(flow, ack, now, fx);
+            let acknowledgement = Segment {
+                seq: client_isn.wrapping_add(1),
+                ack: Some(ack),
+                window: client_window >> client.window_scale.unwrap_or(0),
+                ..Segment::default()
+            };
+            self.process_client(flow, &acknowledgement, now, fx);
+        }
+        match self.flows.get_mut(&flow) {
+            Some(Flow::Shadow(_)) => {
+                self.with_shadow(flow, now, fx, |shadow, cx| {
+                    shadow.process_active(segment, cx);
+                });
+                true
+            }
+            Some(Flow::Unprotected { last_activity, .. }) => {
+                *last_activity = now;
+                if segment.rst {
+                    self.flows.remove(&flow);
+                }
+                true
+            }
+            // Only what the active confirms is worth an entry: a client alone could invent flows.
+            None if segment.rst || segment.fin => false,
+            None => {
+                self.leave_unprotected(flow, None, now);
+                true
+            }
+        }
+    }
+
+    fn process_syn_ack(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        fx: &mut impl Effects,
+    ) -> bool {
+        let Some(opening) = self.openings.get_mut(&flow) else {
+            return self.flows.contains_key(&flow);
+        };
+        if segment.ack != Some(opening.client_isn.wrapping_add(1)) {
+            return true;
+        }
+        let first = opening.answer.is_none();
+        opening.answer = Some((segment.seq, segment.options));
+        self.answers.insert(flow.service_port, segment.options);
+        if first {
+            // At the bound of the map the flow stays an opening, and is refused when it completes.
+            fx.protect(flow);
+            fx.warm(Ipv4Addr::from(flow.client_addr));
+        }
+        true
+    }
+
+    /// The handshake of `flow` is complete: the client acknowledged `ack - 1`.
+    fn complete(&mut self, flow: FlowKey, ack: u32, now: Nanos, fx: &mut impl Effects) {
+        let Some(opening) = self.openings.get(&flow).copied() else {
+            return;
+        };
+        let (active_isn, active) = match opening.answer {
+            Some((isn, options)) if isn.wrapping_add(1) == ack => (isn, options),
+            Some(_) => return,
+            // The copy of the SYN-ACK was lost. The service answers every client alike.
+            None => match self.answers.get(&flow.service_port) {
+                Some(&options) => (ack.wrapping_sub(1), agreed(options, &opening.client)),
+                None => {
+                    self.openings.remove(&flow);
+                    self.leave_unprotected(flow, Some(ack), now);
+                    return;
+                }
+            },
+        };
+        self.openings.remove(&flow);
+        self.drop_bytes_of(flow);
+        self.flows.remove(&flow);
+        if self.flows.len() >= self.config.max_flows
+            || self.bytes >= self.config.max_bytes
+            || !fx.protect(flow)
+        {
+            self.refused += 1;
+            fx.release(flow);
+            self.leave_unprotected(flow, Some(ack), now);
+            return;
+        }
+        let handshake = Handshake {
+            client_isn: opening.client_isn,
+            active_isn,
+            client_window: opening.client_window,
+            client: opening.client,
+            active,
+        };
+        self.insert_shadow(flow, handshake, now);
+    }
+
+    fn insert_shadow(&mut self, flow: FlowKey, handshake: Handshake, now: Nanos) {
+        let Some(&kind) = self.config.services.get(&flow.service_port) else {
+            return;
+        };
+        let mut cx = Context {
+            wire: &mut self.wire,
+            scratch: &mut self.scratch,
+            now,
+            room: 0,
+            out: &mut self.out,
+        };
+        let shadow = Shadow::new(
+            flow,
+            self.config.vip,
+            handshake,
+            kind,
+            self.shadow_isn,
+            &mut cx,
+        );
+        self.flows.insert(flow, Flow::Shadow(Box::new(shadow)));
+    }
+
+    fn leave_unprotected(&mut self, flow: FlowKey, client_ack: Option<u32>, now: Nanos) {
+        if self.flows.len() < self.config.max_flows.saturating_mul(2) {
+            self.flows.insert(
+                flow,
+                Flow::Unprotected {
+                    client_ack,
+                    last_activity: now,
+                },
+            );
+        }
+    }
+
+    /// Runs `f` on a flow's shadow, then sends what a live one has to say, and removes it if it is
+    /// closed.
+    fn with_shadow(
+        &mut self,
+        flow: FlowKey,
+        now: Nanos,
+        fx: &mut impl Effects,
+        f: impl FnOnce(&mut Shadow, &mut Context<'_>),
+    ) {
+        let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) else {
+            return;
+        };
+        let before = shadow.bytes();
+        let mut cx = Context {
+            wire: &mut self.wire,
+            scratch: &mut self.scratch,
+            now,
+            room: self.config.max_bytes.saturating_sub(self.bytes),
+            out: &mut self.out,
+        };
+        f(shadow, &mut cx);
+        if self.live {
+            shadow.dispatch(&mut cx);
+        }
+        self.bytes = self.bytes + shadow.bytes() - before;
+        let closed = shadow.is_closed();
+        let wakeup = (self.live && !closed)
+            .then(|| shadow.next_wakeup(now))
+            .flatten()
+            .map(|at| at.max(now + MIN_TIMER));
+        for outgoing in self.out.drain(..) {
+            if outgoing.closes {
+                fx.approve(flow);
+            }
+            fx.send(&outgoing.packet);
+        }
+        if self.live {
+            self.set_timer(flow, wakeup);
+        }
+        if closed {
+            self.remove(flow, fx);
+        }
+    }
+
+    fn set_timer(&mut self, flow: FlowKey, at: Option<Nanos>) {
+        let known = match at {
+            Some(at) => self.timer_of.insert(flow, at),
+            None => self.timer_of.remove(&flow),
+        };
+        if known != at {
+            if let Some(known) = known {
+                self.timers.remove(&(known, flow));
+            }
+            if let Some(at) = at {
+                self.timers.insert((at, flow));
+            }
+        }
+    }
+
+    fn drop_bytes_of(&mut self, flow: FlowKey) {
+        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow) {
+            self.bytes -= shadow.bytes();
+        }
+    }
+
+    fn remove(&mut self, flow: FlowKey, fx: &mut impl Effects) {
+        self.drop_bytes_of(flow);
+        self.flows.remove(&flow);
+        self.set_timer(flow, None);
+        fx.release(flow);
+    }
+
+    /// A frame of this flow found the ring full at `at` (ns).
+    pub fn mark_lost(&mut self, flow: FlowKey, at: Nanos) {
+        if let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) {
+            shadow.mark_lost(at);
+        }
+    }
+
+    /// The node has taken over: every shadow that can goes live, the others' clients are told.
+    /// Call after every frame that was mirrored before has been processed.
+    pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
+        self.live = true;
+        self.adopt_openings(now, fx);
+        let mut report = TakeoverReport::default();
+        let mut resets: HashMap<ResetReason, usize> = HashMap::new();
+        let mut doomed = Vec::new();
+        let mut speakers = Vec::new();
+        for (&flow, entry) in &mut self.flows {
+            match entry {
+                Flow::Unprotected { client_ack, .. } => {
+                    let packet =
+                        client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
+                    doomed.push((flow, ResetReason::Unprotected, packet));
+                }
+                Flow::Shadow(shadow) => match shadow.fate() {
+                    Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
+                    Ok(()) => {
+                        report.live += 1;
+                        let before = shadow.bytes();
+                        if shadow.go_live() {
+                            speakers.push((shadow.last_activity(), flow));
+                        }
+                        self.bytes -= before - shadow.bytes();
+                    }
+                },
+            }
+        }
+        speakers.sort_unstable_by(|a, b| b.cmp(a));
+        report.spoke = speakers.len();
+        for (_, flow) in speakers {
+            self.with_shadow(flow, now, fx, Shadow::resume);
+        }
+        for (flow, reason, packet) in doomed {
+            *resets.entry(reason).or_default() += 1;
+            // The kernel answers whatever the client sends next: let that pass as well.
+            fx.approve(flow);
+            if let Some(packet) = packet {
+                fx.send(&packet);
+            }
+            self.remove(flow, fx);
+        }
+        report.resets = resets.into_iter().collect();
+        report
+    }
+
+    /// Handshakes that the active answered go on from there; the others the client repeats.
+    fn adopt_openings(&mut self, now: Nanos, fx: &mut impl Effects) {
+        self.opening_order.clear();
+        for (flow, opening) in std::mem::take(&mut self.openings) {
+            let Some((active_isn, active)) = opening.answer else {
+                continue;
+            };
+            self.drop_bytes_of(flow);
+            self.flows.remove(&flow);
+            if self.flows.len() >= self.config.max_flows || !fx.protect(flow) {
+                self.refused += 1;
+                fx.release(flow);
+                continue;
+            }
+            let handshake = Handshake {
+                client_isn: opening.client_isn,
+                active_isn,
+                client_window: opening.client_window,
+                client: opening.client,
+                active,
+            };
+            self.insert_shadow(flow, handshake, now);
+        }
+    }
+
+    /// The node is standby again: what lived here belongs to an epoch that is over.
+    pub fn go_standby(&mut self, fx: &mut impl Effects) {
+        self.live = false;
+        self.timers.clear();
+        self.timer_of.clear();
+        self.opening_order.clear();
+        self.bytes = 0;
+        let openings = std::mem::take(&mut self.openings);
+        let flows = std::mem::take(&mut self.flows);
+        for flow in openings.into_keys().chain(flows.into_keys()) {
+            fx.release(flow);
+        }
+    }
+
+    /// The gate held back a FIN or RST of the kernel's. The agent is alive, so it is no crash that
+    /// speaks: unless the flow lives on a shadow here, let it go.
+    ///
+    /// Returns whether it was let go.
+    pub fn process_held(&mut self, held: &HeldEvent, fx: &mut impl Effects) -> bool {
+        let flow = held.flow;
+        if !self.live || self.flows.contains_key(&flow) {
+            return false;
+        }
+        fx.approve(flow);
+        let flags = held.flags as u8;
+        if flags & tcp_flags::RST != 0 {
+            // The kernel repeats a FIN, never an RST.
+            let ack = (flags & tcp_flags::ACK != 0).then_some(held.ack);
+            fx.send(&reset_packet(flow, self.config.vip, held.seq, ack));
+        }
+        true
+    }
+
+    /// When [`Flows::poll`] is due, ns.
+    pub fn next_wakeup(&self) -> Nanos {
+        let timer = self.timers.first().map_or(Nanos::MAX, |(at, _)| *at);
+        timer.min(self.next_sweep)
+    }
+
+    /// Time has passed: timers of live flows, and once a second what has ended is reaped.
+    pub fn poll(&mut self, now: Nanos, fx: &mut impl Effects) {
+        // A timer that is due again at once waits for the next call, so this ends.
+        let mut due = Vec::new();
+        while let Some(&(at, flow)) = self.timers.first()
+            && at <= now
+        {
+            self.timers.remove(&(at, flow));
+            self.timer_of.remove(&flow);
+            due.push(flow);
+        }
+        for flow in due {
+            self.with_shadow(flow, now, fx, |_, _| {});
+        }
+        if now >= self.next_sweep {
+            self.next_sweep = now + SECOND;
+            self.sweep(now, fx);
+        }
+    }
+
+    fn sweep(&mut self, now: Nanos, fx: &mut impl Effects) {
+        let idle = self.config.idle_timeout;
+        let live = self.live;
+        let mut ended = Vec::new();
+        for (&flow, entry) in &mut self.flows {
+            let quiet = match entry {
+                Flow::Unprotected { last_activity, .. } => {
+                    now.saturating_sub(*last_activity) > idle
+                }
+                Flow::Shadow(shadow) => {
+                    shadow.relax();
+                    let quiet = now.saturating_sub(shadow.last_activity());
+                    shadow.is_closed()
+                        || quiet > idle
+                        || (!live && shadow.state() == State::TimeWait && quiet > TIME_WAIT)
+                        || (live && shadow.bytes() > 0 && quiet > SILENT_CLIENT)
+                }
+            };
+            if quiet {
+                ended.push(flow);
+            }
+        }
+        for flow in ended {
+            self.remove(flow, fx);
+        }
+        while let Some(&(flow, isn)) = self.opening_order.front() {
+            match self.openings.get(&flow) {
+                Some(o) if o.client_isn == isn && now.saturating_sub(o.since) < OPENING_TIMEOUT => {
+                    break;
+                }
+                Some(o) if o.client_isn == isn => self.forget_opening(flow, fx),
+                _ => {}
+            }
+            self.opening_order.pop_front();
+        }
+    }
+
+    /// Counts the flows. Costs time in proportion to their number.
+    pub fn census(&self) -> Census {
+        let mut census = Census {
+            handshake: self
+                .openings
+                .values()
+                .filter(|opening| opening.answer.is_some())
+                .count(),
+            bytes: self.bytes,
+            ..Census::default()
+        };
+        for entry in self.flows.values() {
+            match entry {
+                Flow::Unprotected { .. } => census.unprotected += 1,
+                Flow::Shadow(shadow) => {
+                    census.lag_bytes += u64::from(shadow.lag());
+                    *match shadow.condition() {
+                        Condition::Handshake => &mut census.handshake,
+                        Condition::Lockstep => &mut census.lockstep,
+                        Condition::Lagging => &mut census.lagging,
+                        Condition::Diverged => &mut census.diverged,
+                        Condition::Live => &mut census.live,
+                    } += 1;
+                }
+            }
+        }
+        census
+    }
+}
+
+/// What a service that answers with `options` agrees on with this client.
+fn agreed(mut options: Options, client: &Options) -> Options {
+    options.window_scale = options
+        .window_scale
+        .filter(|_| client.window_scale.is_some());
+    options.timestamp = options.timestamp.filter(|_| client.timestamp.is_some());
+    options.sack_permitted &= client.sack_permitted;
+    options
+}

@@ -1,1 +1,3 @@
 //! Stub.
+/// Nanoseconds of CLOCK_MONOTONIC.
+pub type Nanos = u64;
