@@ -1,1 +1,652 @@
-//! Stub.
+//! Start, stop, and who talks to whom.
+//!
+//! ```text
+//!  start:  control socket, metrics port ─► load ─► gate (closed) ─► XDP (standby) ─► VIP
+//!          ─► service sockets ─► shadow thread, heartbeat thread ─► run
+//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, gate detached
+//! ```
+//!
+//! The order is the point: there is never a moment in which the VIP is configured and the gate is
+//! not attached.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use rfsis_common::maps::{FlowKey, State};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
+use crate::cli::{Fatal, Role};
+use crate::config::{Config, Protocol};
+use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
+use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
+use crate::flows::{Flows, FlowsConfig};
+use crate::heartbeat::Codec;
+use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
+use crate::netif::{Netif, NetifError, VipAddress};
+use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
+use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
+use crate::services::{FlowGate, Services};
+use crate::shared::Shared;
+use crate::sys::{self, PacketSocket, RawIpSocket};
+use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+
+/// Real-time priority of the heartbeat thread: above what hosts usually run so, below the kernel's
+/// own threads (50 and up, and 99).
+const HEARTBEAT_PRIORITY: i32 = 40;
+
+/// The shadow thread must keep up with the wire, or copies are lost.
+const ENGINE_NICE: i32 = -20;
+
+/// Next hops that are kept resolved, and how often.
+const WARM_MOST: usize = 4096;
+const WARM_INTERVAL: Duration = Duration::from_secs(20);
+
+/// How long ago the peer may have been heard for the node to call itself ready, at least.
+const READY_SILENCE: Duration = Duration::from_secs(1);
+
+impl From<BpfError> for Fatal {
+    fn from(error: BpfError) -> Self {
+        exit_with(error.exit_code(), error)
+    }
+}
+
+impl From<NetifError> for Fatal {
+    fn from(error: NetifError) -> Self {
+        exit_with(error.exit_code(), error)
+    }
+}
+
+/// Only the host tells that the config does not fit it, so these are found after parsing.
+fn exit_with(code: u8, error: impl std::error::Error + Send + Sync + 'static) -> Fatal {
+    match code {
+        2 => Fatal::Unfit(error.into()),
+        3 => Fatal::Unable(error.into()),
+        _ => Fatal::Failed(error.into()),
+    }
+}
+
+/// Runs the agent in the foreground until SIGTERM or SIGINT.
+///
+/// # Errors
+/// See [`Fatal`].
+pub fn run(config: Config, role: Role) -> Result<(), Fatal> {
+    sys::map_large_buffers();
+    runtime()?.block_on(run_until_stopped(config, role))
+}
+
+/// Removes what a crashed agent left: VIP first, because until then only the gate is silent.
+///
+/// # Errors
+/// See [`Fatal`].
+pub fn cleanup(config: &Config) -> Result<(), Fatal> {
+    runtime()?.block_on(async {
+        let netif = Netif::new(&config.interface).await?;
+        if netif.remove_vip_if_ours(config.virtual_ip).await? {
+            tracing::info!(vip = %config.virtual_ip, "removed the VIP");
+        }
+        bpf::cleanup(&config.interface).await?;
+        tracing::info!(interface = config.interface, "programs detached");
+        Ok(())
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Fatal> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")
+        .map_err(Fatal::Failed)
+}
+
+async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
+    // Everything that can be refused without touching the network comes first.
+    let netif = Netif::new(&config.interface).await?;
+    let own = netif.own_node(&config.nodes).await?;
+    netif.check_vip(config.virtual_ip)?;
+    let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
+    let metrics_port = metrics::bind(config.metrics)
+        .await
+        .map_err(anyhow::Error::from)?;
+    let mut stop = stop_signals()?;
+
+    let ports: Vec<u16> = config
+        .services
+        .iter()
+        .filter(|service| service.protocol == Protocol::Tcp)
+        .map(|service| service.port)
+        .collect();
+    let mut programs = Programs::load(LoadParams {
+        vip: config.virtual_ip,
+        service_ports: &ports,
+        frame_ring_bytes: config.shadow.ring_bytes,
+        // Handshakes under way are there too.
+        max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
+    })?;
+    programs.attach_gate(&config.interface)?;
+    let result = attach_and_serve(
+        &config,
+        role,
+        own,
+        &netif,
+        &mut programs,
+        control,
+        metrics_port,
+        &mut stop,
+    )
+    .await;
+    // However it ended, the host is left as it was found.
+    let removed = netif.remove_vip_if_ours(config.virtual_ip).await;
+    let detached = programs.detach().await;
+    result?;
+    removed?;
+    detached?;
+    Ok(())
+}
+
+fn stop_signals() -> Result<mpsc::Receiver<&'static str>, Fatal> {
+    let (sender, receiver) = mpsc::channel(1);
+    for (kind, name) in [
+        (SignalKind::terminate(), "SIGTERM"),
+        (SignalKind::interrupt(), "SIGINT"),
+    ] {
+        let mut signal = signal(kind).context("cannot listen for signals")?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while signal.recv().await.is_some() {
+                let _ = sender.send(name).await;
+            }
+        });
+    }
+    Ok(receiver)
+}
+
+#[expect(clippy::too_many_arguments, reason = "all are made by the one caller, in this order")]
+async fn attach_and_serve(
+    config: &Config,
+    role: Role,
+    own: usize,
+    netif: &Netif,
+    programs: &mut Programs,
+    control: std::os::unix::net::UnixListener,
+    metrics_port: TcpListener,
+    stop: &mut mpsc::Receiver<&'static str>,
+) -> Result<(), Fatal> {
+    let xdp_mode = programs.attach_xdp(&config.interface)?;
+    if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
+        tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
+    }
+    let services = Services::bind(config.virtual_ip, &config.services)?;
+
+    if let Err(error) = sys::raise_open_files() {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+    if let Err(error) = sys::lock_memory() {
+        tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow CAP_IPC_LOCK");
+    }
+
+    let metrics = Arc::new(
+        Metrics::new(env!("CARGO_PKG_VERSION")).context("cannot register the metrics")?,
+    );
+    metrics.xdp_mode.choose(xdp_mode.into());
+    let shared = Arc::new(Shared::default());
+    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared));
+    let cancel = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+
+    let (services_state, state) = watch::channel(State::Standby);
+    let approvals = Arc::new(programs.approvals()?);
+    let served = tokio::spawn(services.run(
+        state,
+        approvals as Arc<dyn FlowGate>,
+        Arc::clone(&metrics),
+        cancel.clone(),
+    ));
+
+    let (warm, to_warm) = mpsc::channel(1024);
+    tasks.spawn(keep_warm(netif.clone(), to_warm));
+    let (took_over, flows_took_over) = mpsc::unbounded_channel();
+    let (engine, engine_thread) =
+        start_engine(config, netif, programs, &metrics, &shared, warm, took_over)?;
+    let (notices, facts) = mpsc::unbounded_channel();
+    let (pulse, pulse_thread) = start_pulse(
+        config,
+        role,
+        own,
+        netif,
+        programs,
+        Parts {
+            engine: engine.clone(),
+            services: services_state,
+            metrics: Arc::clone(&metrics),
+            shared: Arc::clone(&shared),
+            notices,
+        },
+    )?;
+
+    tasks.spawn(tell(facts, flows_took_over, Arc::clone(&story), Arc::clone(&metrics)));
+    let log = programs.take_log()?;
+    tasks.spawn(async move {
+        if let Err(error) = log.run().await {
+            tracing::warn!(%error, "the programs' log cannot be read");
+        }
+    });
+    let asked = Arc::clone(&story);
+    tasks.spawn(control::serve(
+        control,
+        move |request| asked.answer(request),
+        cancel.clone(),
+    ));
+    let readiness = Arc::clone(&story);
+    tasks.spawn(metrics::serve(
+        metrics_port,
+        Arc::clone(&metrics),
+        scrape_hook(programs.counters()?, Arc::clone(&story)),
+        Arc::new(move || readiness.ready()),
+        cancel.clone(),
+    ));
+    tracing::info!(
+        node = %config.nodes[own],
+        role = role.as_str(),
+        vip = %config.virtual_ip,
+        interface = config.interface,
+        xdp_mode = xdp_mode.as_str(),
+        "running"
+    );
+
+    let signal = stop.recv().await.unwrap_or("end of signals");
+    tracing::info!(signal, "stopping");
+    pulse.stop();
+    join(pulse_thread).await;
+    cancel.cancel();
+    let _ = served.await;
+    engine.send(Command::Stop);
+    join(engine_thread).await;
+    tasks.shutdown().await;
+    Ok(())
+}
+
+/// Waits for a thread without blocking the runtime.
+async fn join(thread: JoinHandle<()>) {
+    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+}
+
+/// Starts a thread without which the node must not go on: if it panics the agent ends, and the peer
+/// takes over.
+fn start_vital(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Fatal> {
+    struct EndOnPanic;
+    impl Drop for EndOnPanic {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                std::process::abort();
+            }
+        }
+    }
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            let _guard = EndOnPanic;
+            body();
+        })
+        .with_context(|| format!("cannot start thread {name}"))
+        .map_err(Fatal::Failed)
+}
+
+fn start_engine(
+    config: &Config,
+    netif: &Netif,
+    programs: &mut Programs,
+    metrics: &Arc<Metrics>,
+    shared: &Arc<Shared>,
+    warm: mpsc::Sender<Ipv4Addr>,
+    took_over: mpsc::UnboundedSender<FlowsTookOver>,
+) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
+    let tcp = |service: &&crate::config::Service| service.protocol == Protocol::Tcp;
+    let flows = Flows::new(FlowsConfig {
+        vip: config.virtual_ip,
+        services: config
+            .services
+            .iter()
+            .filter(tcp)
+            .map(|service| (service.port, service.handler))
+            .collect(),
+        max_flows: config.shadow.max_flows,
+        max_bytes: config.shadow.max_bytes,
+        idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
+        mtu: netif.mtu as usize,
+    })
+    .map_err(anyhow::Error::from)?;
+    let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;
+    let engine = Engine {
+        flows,
+        effects: KernelEffects {
+            socket: RawIpSocket::open(&config.interface)
+                .map_err(|error| lacks_raw(error, "a raw IP socket"))?,
+            approvals: programs.approvals()?,
+            live_flows: programs.live_flows()?,
+            warm,
+            metrics: Arc::clone(metrics),
+        },
+        frames: programs.take_frames()?,
+        held: programs.take_held()?,
+        lost: programs.lost_flows()?,
+        inbox,
+        metrics: Arc::clone(metrics),
+        shared: Arc::clone(shared),
+        took_over,
+    };
+    let thread = start_vital("rfsis-shadows", move || {
+        if let Err(error) = sys::nice(ENGINE_NICE) {
+            tracing::warn!(%error, "cannot raise the shadow thread's priority; copies may be lost under load; allow CAP_SYS_NICE");
+        }
+        engine.run();
+    })?;
+    Ok((handle, thread))
+}
+
+fn lacks_raw(error: io::Error, what: &str) -> Fatal {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        return Fatal::Missing {
+            what: format!("permission to open {what}"),
+            remedy: "run as root or with CAP_NET_RAW".to_owned(),
+        };
+    }
+    Fatal::Failed(anyhow::Error::from(error).context(format!("cannot open {what}")))
+}
+
+/// What the heartbeat thread talks to.
+struct Parts {
+    engine: EngineHandle,
+    services: watch::Sender<State>,
+    metrics: Arc<Metrics>,
+    shared: Arc<Shared>,
+    notices: mpsc::UnboundedSender<Notice>,
+}
+
+fn start_pulse(
+    config: &Config,
+    role: Role,
+    own: usize,
+    netif: &Netif,
+    programs: &mut Programs,
+    parts: Parts,
+) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
+    // 0 stands for "no session" on the wire.
+    let session = getrandom::u64().context("cannot get a random number")?.max(1);
+    let node = Node::new(
+        NodeConfig {
+            role,
+            node: config.nodes[own],
+            peer: config.nodes[1 - own],
+            mac: netif.mac,
+            interval: config.heartbeat.interval,
+            missed: config.heartbeat.missed,
+            lease: config.heartbeat.lease,
+            startup_grace: config.heartbeat.startup_grace,
+            session,
+        },
+        sys::monotonic(),
+    );
+    let pulse = Pulse {
+        node,
+        codec: Codec::new(&config.key.0, &config.cluster),
+        peer: config.nodes[1 - own],
+        vip: config.virtual_ip,
+        mac: netif.mac,
+        socket: PacketSocket::open(netif.index)
+            .map_err(|error| lacks_raw(error, "a packet socket"))?,
+        ring: programs.take_heartbeats()?,
+        state: programs.state_map()?,
+        engine: parts.engine,
+        services: parts.services,
+        metrics: parts.metrics,
+        shared: parts.shared,
+        notices: parts.notices,
+    };
+    let handle = PulseHandle::new().context("cannot create an eventfd")?;
+    let stop = handle.clone();
+    let thread = start_vital("rfsis-heartbeat", move || {
+        if let Err(error) = sys::real_time(HEARTBEAT_PRIORITY) {
+            tracing::warn!(%error, "no real-time priority for heartbeats; a busy host may look dead; allow CAP_SYS_NICE");
+        }
+        pulse.run(&stop);
+    })?;
+    Ok((handle, thread))
+}
+
+impl FlowGate for Approvals {
+    fn approve(&self, flow: FlowKey) -> io::Result<()> {
+        Approvals::approve(self, flow).map_err(io::Error::other)
+    }
+
+    fn revoke(&self, flow: FlowKey) -> io::Result<()> {
+        Approvals::revoke(self, &flow).map_err(io::Error::other)
+    }
+}
+
+/// Keeps next hops resolved while their flows are young, so that a takeover need not ask for them.
+async fn keep_warm(netif: Netif, mut clients: mpsc::Receiver<Ipv4Addr>) {
+    let mut warmed: HashMap<Ipv4Addr, Instant> = HashMap::new();
+    while let Some(client) = clients.recv().await {
+        let now = Instant::now();
+        if warmed.get(&client).is_some_and(|at| now - *at < WARM_INTERVAL) {
+            continue;
+        }
+        if warmed.len() >= WARM_MOST {
+            warmed.retain(|_, at| now - *at < WARM_INTERVAL);
+        }
+        if warmed.len() < WARM_MOST {
+            warmed.insert(client, now);
+        }
+        if let Err(error) = netif.warm_next_hop(client).await {
+            tracing::debug!(%client, %error, "next hop not resolved");
+        }
+    }
+}
+
+/// Logs and remembers what the threads have to say.
+async fn tell(
+    mut notices: mpsc::UnboundedReceiver<Notice>,
+    mut flows: mpsc::UnboundedReceiver<FlowsTookOver>,
+    story: Arc<Story>,
+    metrics: Arc<Metrics>,
+) {
+    loop {
+        tokio::select! {
+            Some(notice) = notices.recv() => match notice {
+                Notice::Fact(fact) => log(&fact),
+                Notice::TookOver(takeover) => story.took_over(&takeover, &metrics),
+                Notice::StateNotWritten => {
+                    tracing::error!("the kernel refused the state; the gate closes with its lease");
+                }
+            },
+            Some(flows) = flows.recv() => {
+                let FlowsTookOver { report, duration } = flows;
+                tracing::info!(
+                    live = report.live,
+                    spoke = report.spoke,
+                    resets = ?report.resets,
+                    duration = ?Duration::from_nanos(duration),
+                    "shadows are live"
+                );
+            }
+            else => return,
+        }
+    }
+}
+
+fn log(fact: &Fact) {
+    match fact.level() {
+        tracing::Level::ERROR => tracing::error!("{fact}"),
+        tracing::Level::WARN => tracing::warn!("{fact}"),
+        _ => tracing::info!("{fact}"),
+    }
+}
+
+/// Kernel counters are read when somebody looks.
+fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
+    Arc::new(move |metrics: &Metrics| {
+        if let Ok(xdp) = counters.xdp() {
+            for (verdict, count) in xdp.iter() {
+                metrics.xdp_packets.raise_to(verdict, count);
+            }
+            let lost = xdp.get(XdpVerdict::HeartbeatLost);
+            metrics
+                .ring_dropped
+                .raise_to(Ring::Frames, xdp.get(XdpVerdict::MirrorLost));
+            metrics.ring_dropped.raise_to(Ring::Heartbeats, lost);
+            metrics
+                .heartbeats_received
+                .raise_to(HeartbeatReceived::Lost, lost);
+        }
+        if let Ok(gate) = counters.gate() {
+            for verdict in GateVerdict::ALL {
+                metrics.gate_packets.raise_to(verdict, gate.get(verdict));
+            }
+        }
+        let node = story.shared.node();
+        metrics.state.choose(node.state);
+        metrics.epoch.set(node.epoch as i64);
+        if let Some(age) = story.peer_age() {
+            metrics.heartbeat_age.set(age.as_secs_f64());
+        }
+    })
+}
+
+/// What the agent can tell about itself.
+struct Story {
+    node: Ipv4Addr,
+    peer: Ipv4Addr,
+    role: Role,
+    virtual_ip: Ipv4Addr,
+    interface: String,
+    xdp_mode: XdpMode,
+    ready_silence: Duration,
+    started: Instant,
+    shared: Arc<Shared>,
+    failovers: Mutex<(u64, Option<LastFailover>)>,
+}
+
+impl Story {
+    fn new(
+        config: &Config,
+        role: Role,
+        own: usize,
+        xdp_mode: XdpMode,
+        shared: &Arc<Shared>,
+    ) -> Self {
+        Self {
+            node: config.nodes[own],
+            peer: config.nodes[1 - own],
+            role,
+            virtual_ip: config.virtual_ip,
+            interface: config.interface.clone(),
+            xdp_mode,
+            ready_silence: READY_SILENCE.max(config.heartbeat.takeover_time()),
+            started: Instant::now(),
+            shared: Arc::clone(shared),
+            failovers: Mutex::default(),
+        }
+    }
+
+    fn took_over(&self, takeover: &Takeover, metrics: &Metrics) {
+        let duration = Duration::from_nanos(takeover.duration);
+        tracing::info!(
+            reason = takeover.reason.as_str(),
+            epoch = takeover.epoch,
+            ?duration,
+            "announced the VIP"
+        );
+        if takeover.reason == TakeoverReason::Startup {
+            return;
+        }
+        metrics
+            .failovers
+            .with_label_values(&[takeover.reason.as_str()])
+            .inc();
+        metrics.takeover_duration.observe(duration.as_secs_f64());
+        let mut failovers = self
+            .failovers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        failovers.0 += 1;
+        failovers.1 = Some(LastFailover {
+            reason: takeover.reason.as_str().to_owned(),
+            epoch: takeover.epoch,
+            at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            duration_seconds: duration.as_secs_f64(),
+        });
+    }
+
+    fn peer_age(&self) -> Option<Duration> {
+        let at = self.shared.peer_heard_at()?;
+        Some(Duration::from_nanos(sys::monotonic().saturating_sub(at)))
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        match self.peer_age() {
+            None => Err(format!("peer {} was never heard", self.peer)),
+            Some(age) if age > self.ready_silence => {
+                Err(format!("peer {} was last heard {age:.1?} ago", self.peer))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn answer(&self, request: Request) -> Response {
+        match request {
+            Request::Status => Response::Status(Box::new(self.status())),
+            Request::Switchover => Response::Refused {
+                reason: "switchover: not supported yet".to_owned(),
+            },
+        }
+    }
+
+    fn status(&self) -> Status {
+        let node = self.shared.node();
+        let census = self.shared.census();
+        let (failovers, last_failover) = self
+            .failovers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let count = |count: usize| count as u64;
+        Status {
+            node: self.node,
+            role: self.role,
+            state: node.state,
+            epoch: node.epoch,
+            virtual_ip: self.virtual_ip,
+            interface: self.interface.clone(),
+            xdp_mode: self.xdp_mode.into(),
+            peer: node.peer.zip(self.peer_age()).map(|((state, epoch), age)| Peer {
+                node: self.peer,
+                state,
+                epoch,
+                heard_seconds_ago: age.as_secs_f64(),
+            }),
+            flows: FlowCounts {
+                handshake: count(census.handshake),
+                lockstep: count(census.lockstep),
+                lagging: count(census.lagging),
+                diverged: count(census.diverged),
+                unprotected: count(census.unprotected),
+                live: count(census.live),
+            },
+            failovers,
+            last_failover,
+            ready: self.ready().is_ok(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+        }
+    }
+}

@@ -1,1 +1,370 @@
-//! Stub.
+//! The shadow thread: frames from the ring to the [`Flows`], and what live shadows say to the wire.
+
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::Duration;
+
+use aya::maps::{MapData, RingBuf};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
+use rfsis_common::frame::tcp_flags;
+use rfsis_common::maps::{Direction, FRAME_HEADER_LEN, FlowKey, FrameHeader, HeldEvent};
+
+use crate::bpf::{Approvals, LiveFlows, LostFlows};
+use crate::flows::{Effects, Flows, TakeoverReport};
+use crate::metrics::{FlowCondition, FrameResult as MetricFrame, Metrics};
+use crate::node::Nanos;
+use crate::shared::Shared;
+use crate::sys::{self, RawIpSocket};
+
+/// Frames taken from the ring before commands and timers are looked at again.
+const BATCH: usize = 256;
+
+/// Between two looks at what the ring lost, ns.
+const LOST_INTERVAL: Nanos = 50_000_000;
+
+/// Between two counts of the flows, ns, and in multiples of what a count takes.
+const CENSUS_INTERVAL: Nanos = 50_000_000;
+const CENSUS_SHARE: Nanos = 50;
+
+/// What the heartbeat thread asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// The kernel has been the active's since `at` (ns).
+    GoLive {
+        /// Frames that arrived before are still the standby's.
+        at: Nanos,
+    },
+    /// The node has yielded.
+    GoStandby,
+    /// The agent ends.
+    Stop,
+}
+
+/// Gives commands to the shadow thread.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl EngineHandle {
+    /// Never waits.
+    pub fn send(&self, command: Command) {
+        // Both fail only when the thread has ended, and then nobody is to be told.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// The other end of an [`EngineHandle`].
+#[derive(Debug)]
+pub struct Inbox {
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+}
+
+/// A channel to the shadow thread.
+///
+/// # Errors
+/// Of eventfd(2).
+pub fn commands() -> nix::Result<(EngineHandle, Inbox)> {
+    let (sender, receiver) = channel();
+    let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+    Ok((
+        EngineHandle {
+            commands: sender,
+            wake: Arc::clone(&wake),
+        },
+        Inbox {
+            commands: receiver,
+            wake,
+        },
+    ))
+}
+
+/// What the shadow thread does to the world: sockets and maps.
+#[derive(Debug)]
+pub struct KernelEffects {
+    /// Sends for live shadows.
+    pub socket: RawIpSocket,
+    /// Flows whose FIN and RST may leave.
+    pub approvals: Approvals,
+    /// Flows that live on a shadow.
+    pub live_flows: LiveFlows,
+    /// Clients whose next hop is to be kept resolved.
+    pub warm: tokio::sync::mpsc::Sender<Ipv4Addr>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Effects for KernelEffects {
+    fn send(&mut self, packet: &[u8]) {
+        // Not sent is as good as lost: TCP repeats it.
+        if self.socket.send(packet).is_err() {
+            self.metrics.shadow_send_failures.inc();
+        }
+    }
+
+    fn approve(&mut self, flow: FlowKey) {
+        if let Err(error) = self.approvals.approve(flow) {
+            tracing::warn!(%error, "cannot approve a flow: its FIN is held until it is repeated");
+        }
+    }
+
+    fn protect(&mut self, flow: FlowKey) -> bool {
+        self.live_flows.insert(flow).is_ok()
+    }
+
+    fn release(&mut self, flow: FlowKey) {
+        // Not there is as good as removed.
+        let _ = self.live_flows.remove(&flow);
+    }
+
+    fn warm(&mut self, client: Ipv4Addr) {
+        // When the queue is full others are being warmed; this one is resolved at takeover.
+        let _ = self.warm.try_send(client);
+    }
+}
+
+/// What became of the flows at a takeover.
+#[derive(Clone, Debug)]
+pub struct FlowsTookOver {
+    /// How many of each kind.
+    pub report: TakeoverReport,
+    /// From the command to the last flow's first packet, ns.
+    pub duration: Nanos,
+}
+
+/// Everything the thread works with.
+#[derive(Debug)]
+pub struct Engine {
+    /// The flows.
+    pub flows: Flows,
+    /// What they do.
+    pub effects: KernelEffects,
+    /// Mirrored frames.
+    pub frames: RingBuf<MapData>,
+    /// FIN and RST that the gate held.
+    pub held: RingBuf<MapData>,
+    /// Flows that lost a copy.
+    pub lost: LostFlows,
+    /// Commands of the heartbeat thread.
+    pub inbox: Inbox,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What others may see.
+    pub shared: Arc<Shared>,
+    /// Told of each takeover.
+    pub took_over: tokio::sync::mpsc::UnboundedSender<FlowsTookOver>,
+}
+
+impl Engine {
+    /// Runs until stopped.
+    pub fn run(mut self) {
+        let mut next_lost = 0;
+        let mut next_census = 0;
+        loop {
+            let more = self.take_frames(BATCH, Nanos::MAX);
+            loop {
+                match self.inbox.commands.try_recv() {
+                    Ok(Command::GoLive { at }) => {
+                        self.go_live(at);
+                        next_census = 0;
+                    }
+                    Ok(Command::GoStandby) => {
+                        self.flows.go_standby(&mut self.effects);
+                        next_census = 0;
+                    }
+                    Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
+                    Err(TryRecvError::Empty) => break,
+                }
+            }
+            self.take_held();
+            let now = sys::monotonic();
+            if now >= self.flows.next_wakeup() {
+                self.flows.poll(now, &mut self.effects);
+            }
+            if now >= next_lost {
+                next_lost = now + LOST_INTERVAL;
+                self.take_lost();
+            }
+            if now >= next_census {
+                let took = self.count(now);
+                next_census = now + CENSUS_INTERVAL.max(took * CENSUS_SHARE);
+            }
+            if !more {
+                let until = self.flows.next_wakeup().min(next_lost).min(next_census);
+                self.wait(until);
+            }
+        }
+    }
+
+    /// Takes up to `most` frames that arrived until `until`; returns whether there may be more.
+    fn take_frames(&mut self, most: usize, until: Nanos) -> bool {
+        for _ in 0..most {
+            let Some(entry) = self.frames.next() else {
+                return false;
+            };
+            let Some((header, frame)) = read_entry(&entry) else {
+                continue;
+            };
+            let result = classify(&header, frame, &self.shared).map(|(direction, packet)| {
+                self.flows
+                    .process_frame(packet, direction, header.arrival_ns, &mut self.effects)
+            });
+            drop(entry);
+            self.metrics.frames.inc(match result {
+                Ok(result) => result.into(),
+                Err(refused) => refused,
+            });
+            if header.arrival_ns > until {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn go_live(&mut self, at: Nanos) {
+        // What was mirrored before the kernel took over belongs to the standby.
+        while self.take_frames(BATCH, at) {}
+        self.take_lost();
+        let report = self.flows.go_live(sys::monotonic(), &mut self.effects);
+        for &(reason, count) in &report.resets {
+            self.metrics.flow_resets.add(reason.into(), count as u64);
+        }
+        let _ = self.took_over.send(FlowsTookOver {
+            report,
+            duration: sys::monotonic().saturating_sub(at),
+        });
+    }
+
+    fn take_held(&mut self) {
+        while let Some(entry) = self.held.next() {
+            let Some(held) = read_held(&entry) else {
+                continue;
+            };
+            drop(entry);
+            if self.flows.process_held(&held, &mut self.effects) {
+                self.metrics.held_released.inc();
+            }
+        }
+    }
+
+    fn take_lost(&mut self) {
+        match self.lost.drain() {
+            Ok(lost) => {
+                for (flow, at) in lost {
+                    self.flows.mark_lost(flow, at);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot read which flows lost a copy"),
+        }
+    }
+
+    /// Counts the flows and shows the count; returns how long that took, ns.
+    fn count(&mut self, started: Nanos) -> Nanos {
+        let census = self.flows.census();
+        self.shared.set_census(census);
+        let metrics = &self.metrics;
+        for (condition, count) in [
+            (FlowCondition::Handshake, census.handshake),
+            (FlowCondition::Lockstep, census.lockstep),
+            (FlowCondition::Lagging, census.lagging),
+            (FlowCondition::Diverged, census.diverged),
+            (FlowCondition::Unprotected, census.unprotected),
+            (FlowCondition::Live, census.live),
+        ] {
+            metrics.flows.set(condition, count as f64);
+        }
+        metrics.shadow_lag.set(census.lag_bytes as i64);
+        metrics.shadow_bytes.set(census.bytes as i64);
+        let refused = self.flows.refused();
+        metrics
+            .flows_refused
+            .inc_by(refused.saturating_sub(metrics.flows_refused.get()));
+        sys::monotonic().saturating_sub(started)
+    }
+
+    fn wait(&self, until: Nanos) {
+        let pause = Duration::from_nanos(until.saturating_sub(sys::monotonic()));
+        let mut fds = [
+            PollFd::new(self.frames.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.held.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.inbox.wake.as_fd(), PollFlags::POLLIN),
+        ];
+        // Interrupted or not, the loop looks at everything again.
+        let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
+        let _ = self.inbox.wake.read();
+    }
+}
+
+/// Direction and IPv4 packet of a frame, or why it is of no use.
+///
+/// What comes from the VIP must come from the peer's hardware address, which its heartbeats
+/// authenticate: else anybody on the LAN could tell the shadows what the active said.
+fn classify<'a>(
+    header: &FrameHeader,
+    frame: &'a [u8],
+    shared: &Shared,
+) -> Result<(Direction, &'a [u8]), MetricFrame> {
+    const IPV4: [u8; 2] = [0x08, 0x00];
+    let l3 = header.l3_offset as usize;
+    let ethertype = l3.checked_sub(2).and_then(|at| frame.get(at..l3));
+    if ethertype != Some(&IPV4) {
+        return Err(MetricFrame::NotTcp);
+    }
+    let packet = frame.get(l3..).ok_or(MetricFrame::Malformed)?;
+    if header.direction == Direction::ToVip as u32 {
+        return Ok((Direction::ToVip, packet));
+    }
+    let source = frame.get(6..12);
+    if shared.peer_mac().is_none_or(|mac| source != Some(&mac)) {
+        return Err(MetricFrame::Foreign);
+    }
+    Ok((Direction::FromVip, packet))
+}
+
+/// Header and frame of an entry of the ring `FRAMES`.
+fn read_entry(entry: &[u8]) -> Option<(FrameHeader, &[u8])> {
+    let word = |at: usize| {
+        let bytes = entry.get(at..)?.first_chunk::<4>()?;
+        Some(u32::from_ne_bytes(*bytes))
+    };
+    let header = FrameHeader {
+        arrival_ns: u64::from_ne_bytes(*entry.first_chunk::<8>()?),
+        len: word(8)?,
+        ifindex: word(12)?,
+        direction: word(16)?,
+        l3_offset: word(20)?,
+    };
+    let frame = entry.get(FRAME_HEADER_LEN..FRAME_HEADER_LEN + header.len as usize)?;
+    Some((header, frame))
+}
+
+/// An entry of the ring `HELD`.
+fn read_held(entry: &[u8]) -> Option<HeldEvent> {
+    let word = |at: usize| {
+        let bytes = entry.get(at..)?.first_chunk::<4>()?;
+        Some(u32::from_ne_bytes(*bytes))
+    };
+    let half = |at: usize| {
+        let bytes = entry.get(at..)?.first_chunk::<2>()?;
+        Some(u16::from_ne_bytes(*bytes))
+    };
+    Some(HeldEvent {
+        at_ns: u64::from_ne_bytes(*entry.first_chunk::<8>()?),
+        flow: FlowKey {
+            client_addr: word(8)?,
+            client_port: half(12)?,
+            service_port: half(14)?,
+        },
+        seq: word(16)?,
+        ack: word(20)?,
+        flags: word(24)? & u32::from(tcp_flags::FIN | tcp_flags::RST | tcp_flags::ACK),
+        reserved: 0,
+    })
+}

@@ -31,7 +31,7 @@ use crate::wire::Wire;
 const SECOND: Nanos = 1_000_000_000;
 
 /// Handshakes under way at the most; at the bound the oldest is forgotten.
-const MAX_OPENINGS: usize = 16_384;
+pub const MAX_OPENINGS: usize = 16_384;
 
 /// A handshake that is not completed by then was given up by the client (RFC 6298, `tcp_syn_retries`).
 const OPENING_TIMEOUT: Nanos = 130 * SECOND;

@@ -9,6 +9,7 @@
 //! [`control`], [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
 pub mod agent;
+pub mod announce;
 pub mod bpf;
 pub mod cli;
 pub mod config;
@@ -25,6 +26,7 @@ pub mod pulse;
 pub mod reorder;
 pub mod segment;
 pub mod services;
+pub mod shared;
 pub mod shadow;
 pub mod sys;
 pub mod wire;

@@ -1,1 +1,334 @@
-//! Stub.
+//! The heartbeat thread: feeds the [`Node`] with heartbeats and time, and does what it says.
+//!
+//! It has real-time priority where allowed, and waits for nobody: no lock, no log, no disk. What it
+//! has to say to the rest of the agent goes through channels and atomics.
+
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use aya::maps::{MapData, RingBuf};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use rfsis_common::maps::{HeartbeatEvent, NodeState, State};
+use tokio::sync::{mpsc, watch};
+
+use crate::announce::{self, Announcer};
+use crate::bpf::StateWriter;
+use crate::engine::{Command, EngineHandle};
+use crate::heartbeat::{Codec, MacAddr};
+use crate::metrics::{HeartbeatReceived, HeartbeatSent, Metrics};
+use crate::node::{Action, Event, Fact, HeartbeatResult, Nanos, Node, TakeoverReason};
+use crate::shared::{NodeView, Shared};
+use crate::sys::{self, PacketSocket};
+
+/// Heartbeats taken from the ring before time is looked at again. A flood of forged frames must not
+/// keep the thread from sending.
+const BATCH: usize = 1024;
+
+/// A takeover, for the history.
+#[derive(Clone, Copy, Debug)]
+pub struct Takeover {
+    /// Why.
+    pub reason: TakeoverReason,
+    /// The new epoch.
+    pub epoch: u64,
+    /// From the noticed deadline to the first frame from the VIP, ns.
+    pub duration: Nanos,
+}
+
+/// What the thread tells the rest of the agent.
+#[derive(Clone, Copy, Debug)]
+pub enum Notice {
+    /// To be logged.
+    Fact(Fact),
+    /// To be remembered.
+    TookOver(Takeover),
+    /// The kernel refused a write of the state: the gate closes when its lease lapses.
+    StateNotWritten,
+}
+
+/// Everything the thread works with.
+pub struct Pulse {
+    /// The state machine.
+    pub node: Node,
+    /// Writes and reads heartbeats.
+    pub codec: Codec,
+    /// Address of the peer node.
+    pub peer: Ipv4Addr,
+    /// The virtual IP.
+    pub vip: Ipv4Addr,
+    /// Hardware address of the interface.
+    pub mac: MacAddr,
+    /// Sends heartbeats and announcements.
+    pub socket: PacketSocket,
+    /// Heartbeats that came in.
+    pub ring: RingBuf<MapData>,
+    /// The kernel's state.
+    pub state: StateWriter,
+    /// The shadows.
+    pub engine: EngineHandle,
+    /// The kernel sockets: `Active` while their connections are this node's.
+    pub services: watch::Sender<State>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What others may see.
+    pub shared: Arc<Shared>,
+    /// What others must hear.
+    pub notices: mpsc::UnboundedSender<Notice>,
+}
+
+impl std::fmt::Debug for Pulse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pulse")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Stops the thread.
+#[derive(Clone, Debug)]
+pub struct PulseHandle {
+    stop: Arc<AtomicBool>,
+    wake: Arc<EventFd>,
+}
+
+impl PulseHandle {
+    /// A handle for a thread that is still to be started.
+    ///
+    /// # Errors
+    /// Of eventfd(2).
+    pub fn new() -> nix::Result<Self> {
+        Ok(Self {
+            stop: Arc::new(AtomicBool::new(false)),
+            wake: Arc::new(EventFd::new()?),
+        })
+    }
+
+    /// Asks the thread to close the gate and end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        // Fails only when 2^64 wake-ups are outstanding; then the thread is awake.
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Pulse {
+    /// Runs until stopped. The gate is closed when it returns.
+    pub fn run(mut self, handle: &PulseHandle) {
+        let mut runner = Runner {
+            announcer: Announcer::default(),
+            published: None,
+            decided_at: 0,
+            spoke_at: 0,
+            took_over: None,
+        };
+        let mut actions = Vec::new();
+        loop {
+            let stopping = handle.stop.load(Ordering::Acquire);
+            let now = sys::monotonic();
+            self.drain(now, &mut actions, &mut runner);
+            let event = if stopping { Event::Stop } else { Event::Tick };
+            if stopping || now >= self.node.next_wakeup() {
+                runner.decided_at = now;
+                self.handle(event, now, &mut actions, &mut runner);
+            }
+            if stopping {
+                return;
+            }
+            if runner.announcer.due(now) {
+                self.announce(&mut runner);
+            }
+            self.publish(&mut runner);
+            let wakeup = self.node.next_wakeup().min(runner.announcer.next_wakeup());
+            wait(&self.ring, &handle.wake, wakeup);
+        }
+    }
+
+    /// Feeds what arrived before `now`, and no endless flood of what comes after.
+    fn drain(&mut self, now: Nanos, actions: &mut Vec<Action>, runner: &mut Runner) {
+        for _ in 0..BATCH {
+            let Some(item) = self.ring.next() else {
+                return;
+            };
+            let Some((arrival, frame)) = read_event(&item) else {
+                continue;
+            };
+            let parsed = self.codec.parse(frame);
+            drop(item);
+            match parsed {
+                Ok(heartbeat) => {
+                    self.handle(
+                        Event::Heartbeat { heartbeat, arrival },
+                        now,
+                        actions,
+                        runner,
+                    );
+                }
+                Err(error) => self.metrics.heartbeats_received.inc(error.into()),
+            }
+            if arrival > now {
+                return;
+            }
+        }
+    }
+
+    fn handle(
+        &mut self,
+        event: Event,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+        runner: &mut Runner,
+    ) {
+        let from = actions.len();
+        self.node.handle(event, now, actions);
+        while actions.len() > from {
+            let action = actions.remove(from);
+            self.perform(action, now, actions, runner);
+        }
+        if let Some((reason, epoch)) = runner.took_over.take() {
+            self.notice(Notice::TookOver(Takeover {
+                reason,
+                epoch,
+                duration: runner.spoke_at.saturating_sub(runner.decided_at),
+            }));
+            self.handle(Event::TakeoverDone, now, actions, runner);
+        }
+    }
+
+    fn perform(
+        &mut self,
+        action: Action,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+        runner: &mut Runner,
+    ) {
+        match action {
+            Action::SendHeartbeat { heartbeat, to } => {
+                let frame = self.codec.emit(&heartbeat, to, self.peer);
+                let (result, event) = match self.socket.send(&frame) {
+                    Ok(()) => (
+                        HeartbeatSent::Ok,
+                        Event::HeartbeatSent {
+                            sequence: heartbeat.sequence,
+                        },
+                    ),
+                    Err(_) => (HeartbeatSent::SendFailed, Event::LinkSendFailed),
+                };
+                self.metrics.heartbeats_sent.inc(result);
+                let mut consequences = Vec::new();
+                self.handle(event, sys::monotonic(), &mut consequences, runner);
+            }
+            Action::SetState {
+                state, lease_until, ..
+            } => {
+                if state == State::Active {
+                    // The sockets must know before the first client gets through.
+                    set_services(&self.services, State::Active);
+                } else {
+                    runner.announcer.stop();
+                }
+                self.write_state(state, lease_until);
+            }
+            Action::RenewLease { until } => self.write_state(State::Active, until),
+            Action::TakeOver { reason, epoch, .. } => {
+                let at = sys::monotonic();
+                self.engine.send(Command::GoLive { at });
+                runner.took_over = Some((reason, epoch));
+            }
+            Action::Announce => {
+                runner.announcer.start(now);
+                runner.announcer.due(now);
+                self.announce(runner);
+            }
+            Action::Yield { .. } => {
+                set_services(&self.services, State::Standby);
+                self.engine.send(Command::GoStandby);
+            }
+            Action::Count(HeartbeatResult::Accepted) => {
+                self.metrics.heartbeats_received.inc(HeartbeatReceived::Ok);
+            }
+            Action::Count(HeartbeatResult::Refused(refusal)) => {
+                self.metrics.heartbeats_received.inc(refusal.into());
+            }
+            Action::Report(fact) => self.notice(Notice::Fact(fact)),
+        }
+    }
+
+    fn write_state(&self, state: State, lease_ns: Nanos) {
+        let value = NodeState {
+            state: state as u64,
+            lease_ns,
+        };
+        if self.state.write(value).is_err() {
+            self.notice(Notice::StateNotWritten);
+        }
+    }
+
+    fn announce(&self, runner: &mut Runner) {
+        for frame in announce::frames(self.vip, self.mac) {
+            // Not sent is as good as lost: it is repeated.
+            let _ = self.socket.send(&frame);
+        }
+        runner.spoke_at = sys::monotonic();
+    }
+
+    fn notice(&self, notice: Notice) {
+        // The receiver lives as long as the agent; at its end nobody listens.
+        let _ = self.notices.send(notice);
+    }
+
+    /// Shows the node's state to the other threads. Never waits: what does not get through now does
+    /// so on the next round.
+    fn publish(&self, runner: &mut Runner) {
+        let peer = self.node.peer();
+        if let Some(peer) = peer {
+            self.shared.peer_heard(peer.heard_at, peer.mac);
+        }
+        let view = NodeView {
+            state: self.node.state(),
+            epoch: self.node.epoch(),
+            peer: peer.map(|p| (p.state, p.epoch)),
+        };
+        if runner.published != Some(view) && self.shared.try_set_node(view) {
+            runner.published = Some(view);
+        }
+    }
+}
+
+/// What the loop remembers.
+struct Runner {
+    announcer: Announcer,
+    published: Option<NodeView>,
+    decided_at: Nanos,
+    spoke_at: Nanos,
+    took_over: Option<(TakeoverReason, u64)>,
+}
+
+/// Every send ends the connections of an epoch, so only a change is sent.
+fn set_services(services: &watch::Sender<State>, state: State) {
+    services.send_if_modified(|current| std::mem::replace(current, state) != state);
+}
+
+/// Arrival and frame of a ring entry.
+fn read_event(entry: &[u8]) -> Option<(Nanos, &[u8])> {
+    let header = std::mem::offset_of!(HeartbeatEvent, frame);
+    let arrival = u64::from_ne_bytes(*entry.first_chunk::<8>()?);
+    let len = u32::from_ne_bytes(*entry.get(8..)?.first_chunk::<4>()?) as usize;
+    Some((arrival, entry.get(header..header + len)?))
+}
+
+/// Waits for a heartbeat, a wake-up, or the time.
+fn wait(ring: &RingBuf<MapData>, wake: &EventFd, until: Nanos) {
+    let timeout = (until != Nanos::MAX)
+        .then(|| TimeSpec::from_duration(Duration::from_nanos(until.saturating_sub(sys::monotonic()))));
+    let mut fds = [
+        PollFd::new(ring.as_fd(), PollFlags::POLLIN),
+        PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+    ];
+    // Interrupted or not, the loop looks at everything again.
+    let _ = ppoll(&mut fds, timeout, None);
+}

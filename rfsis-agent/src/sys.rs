@@ -1,1 +1,170 @@
-//! Stub.
+//! System calls that no crate wraps safely. The only `unsafe` of the agent is here.
+
+use std::io;
+use std::mem::{size_of, zeroed};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::time::{ClockId, clock_gettime};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::node::Nanos;
+
+/// CLOCK_MONOTONIC, ns: the clock of `bpf_ktime_get_ns`.
+pub fn monotonic() -> Nanos {
+    // CLOCK_MONOTONIC exists on every Linux; the call can only fail for an unknown clock.
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map(|time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+        .unwrap_or(0)
+}
+
+/// Sends Ethernet frames on one interface, and keeps it promiscuous while open: on a hub the
+/// standby must see frames that are addressed to the active.
+///
+/// Frames go through the egress qdisc, and so through the gate.
+#[derive(Debug)]
+pub struct PacketSocket(OwnedFd);
+
+impl PacketSocket {
+    /// Opens a send-only socket (protocol 0 receives nothing, packet(7)).
+    ///
+    /// Errors are those of socket(2), bind(2) and setsockopt(2); EPERM without CAP_NET_RAW.
+    pub fn open(ifindex: u32) -> io::Result<Self> {
+        // SAFETY: no pointers are passed.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and owned by nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: an all-zero sockaddr_ll is valid.
+        let mut address: libc::sockaddr_ll = unsafe { zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = ifindex as i32;
+        // SAFETY: the pointer and the length describe `address`, which outlives the call.
+        let bound = unsafe {
+            libc::bind(
+                fd.as_raw_fd(),
+                (&raw const address).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            )
+        };
+        if bound < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let request = libc::packet_mreq {
+            mr_ifindex: ifindex as i32,
+            mr_type: libc::PACKET_MR_PROMISC as u16,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        // SAFETY: the pointer and the length describe `request`, which outlives the call.
+        let joined = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_ADD_MEMBERSHIP,
+                (&raw const request).cast(),
+                size_of::<libc::packet_mreq>() as u32,
+            )
+        };
+        if joined < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self(fd))
+    }
+
+    /// Sends one frame, from its Ethernet header on; never blocks.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        // SAFETY: the pointer and the length describe `frame`, which outlives the call.
+        let sent = unsafe {
+            libc::send(
+                self.0.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                libc::MSG_DONTWAIT,
+            )
+        };
+        if sent < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+/// Sends whole IPv4 packets out of one interface: the kernel routes them and finds the next hop,
+/// and the gate applies to them as to everyone.
+#[derive(Debug)]
+pub struct RawIpSocket(Socket);
+
+impl RawIpSocket {
+    /// Opens the socket, bound to `interface`. Errors: EPERM without CAP_NET_RAW.
+    pub fn open(interface: &str) -> io::Result<Self> {
+        // IPPROTO_RAW implies IP_HDRINCL (raw(7)).
+        let socket = Socket::new(
+            Domain::IPV4,
+            Type::RAW,
+            Some(Protocol::from(libc::IPPROTO_RAW)),
+        )?;
+        socket.bind_device(Some(interface.as_bytes()))?;
+        socket.set_nonblocking(true)?;
+        // A takeover sends for every flow at once.
+        socket.set_send_buffer_size(4 << 20)?;
+        Ok(Self(socket))
+    }
+
+    /// Sends one packet to the address in its own header (bytes 16..20); never blocks.
+    pub fn send(&self, packet: &[u8]) -> io::Result<()> {
+        let Some(destination) = packet.get(16..).and_then(|rest| rest.first_chunk::<4>()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let to = SockAddr::from(SocketAddrV4::new(Ipv4Addr::from(*destination), 0));
+        self.0.send_to(packet, &to).map(drop)
+    }
+}
+
+/// Gives the calling thread real-time priority `priority` (1–99, sched(7)).
+pub fn real_time(priority: i32) -> io::Result<()> {
+    let parameters = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: the pointer is to a live sched_param; 0 names the calling thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets the nice value of the calling thread (Linux: a nice value belongs to a thread).
+pub fn nice(value: i32) -> io::Result<()> {
+    // SAFETY: no pointers are passed; 0 names the calling thread.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, value) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Keeps every page that is touched in memory (mlockall(2), MCL_ONFAULT): a page fault must not
+/// delay a heartbeat, and reserved but untouched buffers must not cost memory.
+pub fn lock_memory() -> io::Result<()> {
+    // SAFETY: no pointers are passed.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Makes buffers of a shadow (64 KiB) mappings of their own: untouched pages then cost nothing, and
+/// a closed flow gives all of its pages back. Without this, glibc reuses freed blocks and clears
+/// them, which touches every page.
+pub fn map_large_buffers() {
+    // SAFETY: no pointers are passed. mallopt(3) is called before other threads start.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 48 * 1024) };
+}
+
+/// Raises the limit of open files to what is allowed; a connection of a service takes one.
+pub fn raise_open_files() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+}

@@ -1,0 +1,96 @@
+//! What the threads show each other. The real-time thread never waits here.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rfsis_common::maps::State;
+
+use crate::flows::Census;
+use crate::heartbeat::MacAddr;
+use crate::node::Nanos;
+
+/// The node, as `status` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeView {
+    /// What it is now.
+    pub state: State,
+    /// Its epoch.
+    pub epoch: u64,
+    /// State and epoch of the peer, once heard.
+    pub peer: Option<(State, u64)>,
+}
+
+/// Written by the heartbeat thread and the shadow thread, read by the rest.
+#[derive(Debug)]
+pub struct Shared {
+    node: Mutex<NodeView>,
+    census: Mutex<Census>,
+    peer_heard_at: AtomicU64,
+    /// The peer's hardware address in the low 48 bits, 0 if it was never heard.
+    peer_mac: AtomicU64,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            node: Mutex::new(NodeView {
+                state: State::Standby,
+                epoch: 0,
+                peer: None,
+            }),
+            census: Mutex::default(),
+            peer_heard_at: AtomicU64::new(0),
+            peer_mac: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Shared {
+    /// The node's state.
+    pub fn node(&self) -> NodeView {
+        *lock(&self.node)
+    }
+
+    /// Shows the node's state, unless somebody is reading just now. Returns whether it is shown.
+    pub fn try_set_node(&self, view: NodeView) -> bool {
+        let Ok(mut node) = self.node.try_lock() else {
+            return false;
+        };
+        *node = view;
+        true
+    }
+
+    /// The flows, as counted last.
+    pub fn census(&self) -> Census {
+        *lock(&self.census)
+    }
+
+    /// Shows a new count of the flows.
+    pub fn set_census(&self, census: Census) {
+        *lock(&self.census) = census;
+    }
+
+    /// The peer was heard at `at` (ns) from hardware address `mac`.
+    pub fn peer_heard(&self, at: Nanos, mac: MacAddr) {
+        self.peer_heard_at.store(at, Ordering::Relaxed);
+        let [a, b, c, d, e, f] = mac;
+        let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
+        self.peer_mac.store(number, Ordering::Relaxed);
+    }
+
+    /// When the peer was heard last, ns; `None` if never.
+    pub fn peer_heard_at(&self) -> Option<Nanos> {
+        Some(self.peer_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// The peer's hardware address, as its authenticated heartbeats say.
+    pub fn peer_mac(&self) -> Option<MacAddr> {
+        let [_, _, mac @ ..] = self.peer_mac.load(Ordering::Relaxed).to_be_bytes();
+        (mac != [0; 6]).then_some(mac)
+    }
+}
+
+/// The values are plain data: a thread that panicked while it held them left them whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
