@@ -176,6 +176,8 @@ pub struct Flows {
     live: bool,
     refused: u64,
     next_sweep: Nanos,
+    /// The latest time that was passed in: arrivals of several CPUs are not quite in order.
+    clock: Nanos,
 }
 
 /// smoltcp does not answer a handshake: a version that this code does not know.
@@ -203,8 +205,14 @@ impl Flows {
             live: false,
             refused: 0,
             next_sweep: 0,
+            clock: 0,
             config,
         })
+    }
+
+    fn advance(&mut self, now: Nanos) -> Nanos {
+        self.clock = self.clock.max(now);
+        self.clock
     }
 
     /// New flows that were left unprotected at a bound, since the start.
@@ -220,6 +228,7 @@ impl Flows {
         now: Nanos,
         fx: &mut impl Effects,
     ) -> FrameResult {
+        let now = self.advance(now);
         let (flow, segment) = match segment::parse(packet, direction) {
             Ok(parsed) => parsed,
             Err(error) => return FrameResult::Refused(error),
@@ -585,6 +594,7 @@ impl Flows {
     /// The node has taken over: every shadow that can goes live, the others' clients are told.
     /// Call after every frame that was mirrored before has been processed.
     pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
+        let now = self.advance(now);
         self.live = true;
         self.adopt_openings(now, fx);
         let mut report = TakeoverReport::default();
@@ -695,6 +705,7 @@ impl Flows {
 
     /// Time has passed: timers of live flows, and once a second what has ended is reaped.
     pub fn poll(&mut self, now: Nanos, fx: &mut impl Effects) {
+        let now = self.advance(now);
         // A timer that is due again at once waits for the next call, so this ends.
         let mut due = Vec::new();
         while let Some(&(at, flow)) = self.timers.first()
