@@ -180,3 +180,11 @@ pub fn gate_decide(
         _ => GateVerdict::Passed,
     }
 }
+
+/// Whether a segment that leaves from the VIP ends the approval of its flow: a SYN-ACK begins a new
+/// connection, which must not inherit what an older one with the same addresses and ports was granted.
+#[inline(always)]
+pub const fn revokes_approval(tcp: &TcpPart) -> bool {
+    const SYN_ACK: u8 = tcp_flags::SYN | tcp_flags::ACK;
+    tcp.flags & SYN_ACK == SYN_ACK
+}
