@@ -102,6 +102,22 @@ pub struct FrameHeader {
 /// Bytes of [`FrameHeader`].
 pub const FRAME_HEADER_LEN: usize = size_of::<FrameHeader>();
 
+impl FrameHeader {
+    /// Splits an entry of the ring into header and frame; what pads the slot is left out. `None` for an
+    /// entry that is shorter than it says.
+    pub fn split(entry: &[u8]) -> Option<(FrameHeader, &[u8])> {
+        let (header, rest) = entry.split_at_checked(FRAME_HEADER_LEN)?;
+        let header = FrameHeader {
+            arrival_ns: u64_at(header, 0)?,
+            len: u32_at(header, 8)?,
+            ifindex: u32_at(header, 12)?,
+            direction: u32_at(header, 16)?,
+            l3_offset: u32_at(header, 20)?,
+        };
+        Some((header, rest.get(..header.len as usize)?))
+    }
+}
+
 /// Slot sizes of the ring `FRAMES`, header included, bytes: `RingBuf::reserve` takes constants only.
 /// The last holds any GSO super-frame.
 pub const FRAME_SLOTS: [usize; 4] = [256, 2048, 9216 + 256, 65536 + 256];
@@ -123,6 +139,25 @@ pub struct HeartbeatEvent {
     pub frame: [u8; HEARTBEAT_CAPTURE],
 }
 
+impl HeartbeatEvent {
+    /// Reads an entry of the ring; `None` for one that is shorter than it says.
+    pub fn parse(entry: &[u8]) -> Option<HeartbeatEvent> {
+        let (header, rest) = entry.split_at_checked(16)?;
+        let event = HeartbeatEvent {
+            arrival_ns: u64_at(header, 0)?,
+            len: u32_at(header, 8)?,
+            ifindex: u32_at(header, 12)?,
+            frame: *rest.first_chunk()?,
+        };
+        (event.len as usize <= HEARTBEAT_CAPTURE).then_some(event)
+    }
+
+    /// The valid bytes of the frame.
+    pub fn frame(&self) -> &[u8] {
+        self.frame.get(..self.len as usize).unwrap_or(&self.frame)
+    }
+}
+
 /// An entry of the ring `HELD`: the gate held back a FIN or RST that nobody approved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -139,6 +174,36 @@ pub struct HeldEvent {
     pub flags: u32,
     /// 0.
     pub reserved: u32,
+}
+
+impl HeldEvent {
+    /// Reads an entry of the ring; `None` for a short one.
+    pub fn parse(entry: &[u8]) -> Option<HeldEvent> {
+        Some(HeldEvent {
+            at_ns: u64_at(entry, 0)?,
+            flow: FlowKey {
+                client_addr: u32_at(entry, 8)?,
+                client_port: u16_at(entry, 12)?,
+                service_port: u16_at(entry, 14)?,
+            },
+            seq: u32_at(entry, 16)?,
+            ack: u32_at(entry, 20)?,
+            flags: u32_at(entry, 24)?,
+            reserved: u32_at(entry, 28)?,
+        })
+    }
+}
+
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    bytes.get(offset..)?.first_chunk().copied().map(u16::from_ne_bytes)
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    bytes.get(offset..)?.first_chunk().copied().map(u32::from_ne_bytes)
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    bytes.get(offset..)?.first_chunk().copied().map(u64::from_ne_bytes)
 }
 
 /// Names of maps and programs, the same on both sides of the kernel boundary.
