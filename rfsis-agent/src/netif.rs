@@ -202,7 +202,10 @@ impl Netif {
         let link = match links.try_next().await {
             Ok(Some(link)) => link,
             Err(error) if !matches!(errno(&error), Some(libc::ENODEV | libc::ERANGE)) => {
-                return Err(NetifError::new(format!("looking up interface {name}"), &error));
+                return Err(NetifError::new(
+                    format!("looking up interface {name}"),
+                    &error,
+                ));
             }
             // ERANGE: longer than a name can be.
             Ok(None) | Err(_) => {
@@ -215,7 +218,10 @@ impl Netif {
         drop(links);
         let (mac, mtu) = ethernet(name, &link)?;
         if !link.header.flags.contains(LinkFlags::Up) {
-            tracing::warn!(interface = name, "interface is down; `ip link set {name} up`");
+            tracing::warn!(
+                interface = name,
+                "interface is down; `ip link set {name} up`"
+            );
         }
         let index = link.header.index;
         let addresses = addresses(&handle)
@@ -323,8 +329,9 @@ impl Netif {
     /// # Errors
     /// No route to the client, or missing privilege.
     pub async fn warm_next_hop(&self, client: Ipv4Addr) -> Result<Ipv4Addr, NetifError> {
-        let failed =
-            |error: rtnetlink::Error| NetifError::new(format!("warming the way to {client}"), &error);
+        let failed = |error: rtnetlink::Error| {
+            NetifError::new(format!("warming the way to {client}"), &error)
+        };
         let query = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(client, 32)
             .build();
@@ -385,13 +392,16 @@ async fn addresses(handle: &Handle) -> Result<Vec<AddressMessage>, NetifError> {
 
 /// `IFA_LOCAL` is the address itself; `IFA_ADDRESS` is the peer's on a point-to-point link.
 fn subnet(message: &AddressMessage) -> Option<Subnet> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Local(IpAddr::V4(address)) => Some(Subnet {
-            address: *address,
-            prefix_len: message.header.prefix_len,
-        }),
-        _ => None,
-    })
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Local(IpAddr::V4(address)) => Some(Subnet {
+                address: *address,
+                prefix_len: message.header.prefix_len,
+            }),
+            _ => None,
+        })
 }
 
 fn is_marked(message: &AddressMessage) -> bool {

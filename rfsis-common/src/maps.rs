@@ -195,15 +195,27 @@ impl HeldEvent {
 }
 
 fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
-    bytes.get(offset..)?.first_chunk().copied().map(u16::from_ne_bytes)
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u16::from_ne_bytes)
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes.get(offset..)?.first_chunk().copied().map(u32::from_ne_bytes)
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u32::from_ne_bytes)
 }
 
 fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
-    bytes.get(offset..)?.first_chunk().copied().map(u64::from_ne_bytes)
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u64::from_ne_bytes)
 }
 
 /// Names of maps and programs, the same on both sides of the kernel boundary.
@@ -247,4 +259,40 @@ mod pod {
     unsafe impl aya::Pod for NodeState {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for FlowKey {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_shorter_than_it_says_is_refused() {
+        let mut entry = [0_u8; FRAME_HEADER_LEN + 8];
+        entry[8..12].copy_from_slice(&3_u32.to_ne_bytes());
+        entry[FRAME_HEADER_LEN..][..4].copy_from_slice(&[1, 2, 3, 4]);
+        let (header, frame) = FrameHeader::split(&entry).unwrap();
+        assert_eq!((header.len, frame), (3, &[1, 2, 3][..]));
+        entry[8..12].copy_from_slice(&9_u32.to_ne_bytes());
+        assert_eq!(FrameHeader::split(&entry), None);
+        assert_eq!(FrameHeader::split(&entry[..FRAME_HEADER_LEN - 1]), None);
+
+        let mut entry = [0_u8; size_of::<HeartbeatEvent>()];
+        assert!(HeartbeatEvent::parse(&entry).is_some());
+        assert!(HeartbeatEvent::parse(&entry[..entry.len() - 1]).is_none());
+        entry[8..12].copy_from_slice(&(HEARTBEAT_CAPTURE as u32 + 1).to_ne_bytes());
+        assert!(HeartbeatEvent::parse(&entry).is_none());
+
+        let entry = [0_u8; size_of::<HeldEvent>()];
+        assert_eq!(HeldEvent::parse(&entry), Some(HeldEvent::default()));
+        assert_eq!(HeldEvent::parse(&entry[1..]), None);
+    }
+
+    #[test]
+    fn no_layout_has_hidden_padding() {
+        assert_eq!(size_of::<NodeState>(), 16);
+        assert_eq!(size_of::<FlowKey>(), 8);
+        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 4);
+        assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
+        assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
+    }
 }

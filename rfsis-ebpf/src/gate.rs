@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
-use rfsis_common::frame::{Frame, FrameClass, TcpPart, classify};
+use rfsis_common::frame::{Frame, TcpPart, classify};
 use rfsis_common::maps::HeldEvent;
 use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval};
 
@@ -38,11 +38,11 @@ impl Frame for SkbFrame<'_> {
 /// Filter on clsact egress.
 #[classifier]
 pub fn rfsis_gate(ctx: TcContext) -> i32 {
-    let class = classify(&SkbFrame(&ctx), vip());
+    let frame = classify(&SkbFrame(&ctx), vip());
     // SAFETY: the helper takes nothing and cannot fail.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let verdict = gate_decide(
-        &class,
+        &frame,
         &node_state(),
         now_ns,
         // SAFETY: only presence is asked; the value is not read.
@@ -54,8 +54,7 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
     match verdict {
         GateVerdict::Other => TC_ACT_UNSPEC,
         GateVerdict::Passed => {
-            if let FrameClass::Vip(packet) = &class
-                && let Some(tcp) = &packet.tcp
+            if let Some(tcp) = frame.tcp()
                 && revokes_approval(tcp)
             {
                 // Fails where there is none, which is the usual case.
@@ -65,9 +64,7 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
         }
         GateVerdict::Closed => TC_ACT_STOLEN,
         GateVerdict::Held => {
-            if let FrameClass::Vip(packet) = &class
-                && let Some(tcp) = &packet.tcp
-            {
+            if let Some(tcp) = frame.tcp() {
                 report_held(&ctx, tcp, now_ns, count);
             }
             TC_ACT_STOLEN

@@ -11,10 +11,9 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use core::mem::MaybeUninit;
-use rfsis_common::frame::{Frame, FrameClass, VipPacket, classify};
-use rfsis_common::heartbeat::ETHERNET_LEN;
+use rfsis_common::frame::{Classified, Frame, classify};
 use rfsis_common::maps::{
-    Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, State,
+    FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, State,
 };
 use rfsis_common::verdict::{XdpAction, XdpVerdict, xdp_decide};
 
@@ -76,31 +75,26 @@ pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
 
 /// Copies a frame to the ring; where that fails, says which flow lost it.
 #[inline(always)]
-fn mirror(frame: &XdpFrame<'_>, class: &FrameClass, state: u64) {
-    let (direction, l3_offset, tcp) = match class {
-        FrameClass::Vip(VipPacket {
-            direction,
-            l3_offset,
-            tcp,
-        }) => (*direction, *l3_offset, tcp.as_ref()),
-        _ => (Direction::ToVip, ETHERNET_LEN, None),
-    };
+fn mirror(frame: &XdpFrame<'_>, class: &Classified, state: u64) {
     let header = FrameHeader {
         arrival_ns: now_ns(),
         len: frame.frame_len() as u32,
         ifindex: ifindex(frame),
-        direction: direction as u32,
-        l3_offset: l3_offset as u32,
+        direction: class.direction as u32,
+        l3_offset: class.l3_offset as u32,
     };
     if copy_to_ring(frame, &header) {
         let count = count_xdp(XdpVerdict::Mirrored);
         if state >= State::ALL.len() as u64 && worth_logging(count) {
-            warn!(frame.0, "STATE holds {}, which is no state: read as standby", state);
+            warn!(
+                frame.0,
+                "STATE holds {}, which is no state: read as standby", state
+            );
         }
         return;
     }
     let count = count_xdp(XdpVerdict::MirrorLost);
-    if let Some(tcp) = tcp {
+    if let Some(tcp) = class.tcp() {
         // Cannot fail: an LRU map makes room.
         let _ = LOST_FLOWS.insert(&tcp.flow, &header.arrival_ns, 0);
     }
@@ -133,6 +127,11 @@ fn copy_to_ring(frame: &XdpFrame<'_>, header: &FrameHeader) -> bool {
     }
 }
 
+/// Most bytes, and the last offset, of one `bpf_xdp_load_bytes` (`bpf_xdp_pointer` in
+/// net/core/filter.c). A super-frame with its Ethernet header may be longer: it takes two.
+const LOAD_MAX: usize = 0xffff;
+const HALF: u32 = 0x8000;
+
 #[repr(C)]
 struct Slot<const ROOM: usize> {
     header: FrameHeader,
@@ -149,7 +148,19 @@ fn copy_to_slot<const ROOM: usize>(frame: &XdpFrame<'_>, header: &FrameHeader) -
     // bytes by `copy`. The rest of the slot is never read: readers go by `len`.
     let copied = unsafe {
         (&raw mut (*slot_ptr).header).write(*header);
-        copy(frame, (&raw mut (*slot_ptr).frame).cast(), header.len, ROOM as u32)
+        let to: *mut u8 = (&raw mut (*slot_ptr).frame).cast();
+        if ROOM <= LOAD_MAX || header.len as usize <= LOAD_MAX {
+            copy(frame, 0, to, header.len, ROOM as u32)
+        } else {
+            copy(frame, 0, to, HALF, ROOM as u32)
+                && copy(
+                    frame,
+                    HALF,
+                    to.add(HALF as usize),
+                    header.len - HALF,
+                    ROOM as u32 - HALF,
+                )
+        }
     };
     if copied {
         slot.submit(0);
@@ -159,12 +170,12 @@ fn copy_to_slot<const ROOM: usize>(frame: &XdpFrame<'_>, header: &FrameHeader) -
     copied
 }
 
-/// Copies the first `len` bytes of the frame; `false` where they do not fit or are not there.
+/// Copies `len` bytes of the frame from `offset` on; `false` where they do not fit or are not there.
 ///
 /// # Safety
 /// `to` has `room` bytes.
 #[inline(always)]
-unsafe fn copy(frame: &XdpFrame<'_>, to: *mut u8, len: u32, room: u32) -> bool {
+unsafe fn copy(frame: &XdpFrame<'_>, offset: u32, to: *mut u8, len: u32, room: u32) -> bool {
     // Opaque to the optimiser, so that the bounds below are tested on the very register that the
     // helper gets: the verifier knows the range of a register, not of the value it was made from.
     let len = core::hint::black_box(len);
@@ -172,7 +183,7 @@ unsafe fn copy(frame: &XdpFrame<'_>, to: *mut u8, len: u32, room: u32) -> bool {
         return false;
     }
     // SAFETY: `to` has `room` bytes, `len` is no more.
-    unsafe { bpf_xdp_load_bytes(frame.0.ctx, 0, to.cast(), len) == 0 }
+    unsafe { bpf_xdp_load_bytes(frame.0.ctx, offset, to.cast(), len) == 0 }
 }
 
 #[inline(always)]
@@ -194,6 +205,7 @@ fn heartbeat(frame: &XdpFrame<'_>) {
         (&raw mut (*event_ptr).ifindex).write(ifindex(frame));
         copy(
             frame,
+            0,
             (&raw mut (*event_ptr).frame).cast(),
             len,
             HEARTBEAT_CAPTURE as u32,

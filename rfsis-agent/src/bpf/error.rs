@@ -3,11 +3,11 @@
 use std::error::Error;
 use std::io;
 
+use aya::EbpfError;
+use aya::programs::ProgramError;
 use aya::programs::tc::TcError;
 use aya::programs::xdp::XdpError;
-use aya::programs::ProgramError;
 use aya::util::KernelVersion;
-use aya::EbpfError;
 
 /// First kernel with `bpf_xdp_load_bytes` and multi-buffer XDP programs.
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 18, 0);
@@ -204,8 +204,10 @@ fn kernel_is_old() -> bool {
 }
 
 fn kernel() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/osrelease")
-        .map_or_else(|_| "of unknown version".to_owned(), |text| text.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(
+        |_| "of unknown version".to_owned(),
+        |text| text.trim().to_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -227,7 +229,10 @@ mod tests {
         ];
         for error in errors {
             let found = BpfError::new("attaching", error.as_ref());
-            assert!(matches!(found, BpfError::Privilege { .. }), "{error:?} became {found:?}");
+            assert!(
+                matches!(found, BpfError::Privilege { .. }),
+                "{error:?} became {found:?}"
+            );
             assert_eq!(found.exit_code(), 3);
         }
     }
@@ -239,7 +244,11 @@ mod tests {
             io_error: io::Error::from_raw_os_error(libc::ENOMEM),
         };
         let found = BpfError::new("loading the eBPF object", &EbpfError::MapError(map)).to_string();
-        assert_eq!(found.matches("Cannot allocate memory").count(), 1, "{found}");
+        assert_eq!(
+            found.matches("Cannot allocate memory").count(),
+            1,
+            "{found}"
+        );
         assert!(found.contains("FRAMES"), "{found}");
     }
 }

@@ -64,7 +64,10 @@ async fn remove_empty_clsact(interface: &str, index: u32) -> Result<(), BpfError
     // Interface indexes are positive `int`s in the kernel.
     let index = index.cast_signed();
     let filters = handle.traffic_filter(index);
-    for request in [filters.clone().get().ingress(), filters.clone().get().egress()] {
+    for request in [
+        filters.clone().get().ingress(),
+        filters.clone().get().egress(),
+    ] {
         let mut messages = Box::pin(request.execute());
         if messages.try_next().await.map_err(failed)?.is_some() {
             return Ok(());
@@ -72,9 +75,15 @@ async fn remove_empty_clsact(interface: &str, index: u32) -> Result<(), BpfError
     }
     let mut request = handle.qdisc().del(index);
     let message = request.message_mut();
-    message.header.handle = TcHandle { major: 0xffff, minor: 0 };
+    message.header.handle = TcHandle {
+        major: 0xffff,
+        minor: 0,
+    };
     // TC_H_CLSACT, `include/uapi/linux/pkt_sched.h`.
-    message.header.parent = TcHandle { major: 0xffff, minor: 0xfff1 };
+    message.header.parent = TcHandle {
+        major: 0xffff,
+        minor: 0xfff1,
+    };
     message.attributes.push(TcAttribute::Kind("clsact".into()));
     match request.execute().await {
         Err(error) if matches!(os_error(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
@@ -103,10 +112,16 @@ async fn remove_xdp(interface: &str, index: u32) -> Result<(), BpfError> {
         }
         let mut message = LinkMessage::default();
         message.header.index = index;
-        message
-            .attributes
-            .push(LinkAttribute::Xdp(vec![LinkXdp::Fd(-1), LinkXdp::Flags(mode)]));
-        handle.link().change(message).execute().await.map_err(failed)?;
+        message.attributes.push(LinkAttribute::Xdp(vec![
+            LinkXdp::Fd(-1),
+            LinkXdp::Flags(mode),
+        ]));
+        handle
+            .link()
+            .change(message)
+            .execute()
+            .await
+            .map_err(failed)?;
     }
     Ok(())
 }

@@ -30,7 +30,8 @@ impl ProgramLog {
     /// # Errors
     /// Where the ring cannot be registered with the reactor.
     pub async fn run(self) -> Result<(), BpfError> {
-        let failed = |error: std::io::Error| BpfError::new("reading the log of the programs", &error);
+        let failed =
+            |error: std::io::Error| BpfError::new("reading the log of the programs", &error);
         #[expect(
             deprecated,
             reason = "its successor is unsafe; the logger owns its descriptor and never changes it"

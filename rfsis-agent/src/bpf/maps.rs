@@ -189,8 +189,7 @@ impl LostFlows {
     pub fn drain(&self) -> Result<Vec<(FlowKey, u64)>, BpfError> {
         let mut map = self.0.lock();
         // Bounded, and only then removed: the walk begins anew where its key vanishes under it.
-        let lost: Vec<(FlowKey, u64)> =
-            map.iter().take(DRAIN_MAX).filter_map(Result::ok).collect();
+        let lost: Vec<(FlowKey, u64)> = map.iter().take(DRAIN_MAX).filter_map(Result::ok).collect();
         for (flow, _) in &lost {
             match map.remove(flow) {
                 // The map forgot its oldest entry by itself.

@@ -35,8 +35,7 @@ use error::os_error;
 use maps::duplicate;
 
 /// The compiled programs; empty where the agent was built without them.
-pub static OBJECT: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rfsis-ebpf.o"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rfsis-ebpf.o"));
 
 /// Before all other filters of the host: one that ends the classification in front of the gate would
 /// let packets past it.
