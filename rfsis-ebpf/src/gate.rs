@@ -46,9 +46,9 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
         &node_state(),
         now_ns,
         // SAFETY: only presence is asked; the value is not read.
-        |port| unsafe { SERVICE_PORTS.get(&port).is_some() },
+        |port| unsafe { SERVICE_PORTS.get(port).is_some() },
         // SAFETY: only presence is asked; the value is not read.
-        |tcp| unsafe { APPROVED_FLOWS.get(&tcp.flow).is_some() },
+        |tcp| unsafe { APPROVED_FLOWS.get(tcp.flow).is_some() },
     );
     let count = count_gate(verdict);
     match verdict {
@@ -58,7 +58,7 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 && revokes_approval(tcp)
             {
                 // Fails where there is none, which is the usual case.
-                let _ = APPROVED_FLOWS.remove(&tcp.flow);
+                let _ = APPROVED_FLOWS.remove(tcp.flow);
             }
             TC_ACT_UNSPEC
         }

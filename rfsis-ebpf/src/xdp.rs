@@ -55,7 +55,7 @@ pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
     let node = node_state();
     // SAFETY: only presence is asked; the value is not read.
     let action = xdp_decide(&class, node.state(), |tcp| unsafe {
-        LIVE_FLOWS.get(&tcp.flow).is_some()
+        LIVE_FLOWS.get(tcp.flow).is_some()
     });
     match action {
         XdpAction::Pass(verdict) => {
@@ -96,7 +96,7 @@ fn mirror(frame: &XdpFrame<'_>, class: &Classified, state: u64) {
     let count = count_xdp(XdpVerdict::MirrorLost);
     if let Some(tcp) = class.tcp() {
         // Cannot fail: an LRU map makes room.
-        let _ = LOST_FLOWS.insert(&tcp.flow, &header.arrival_ns, 0);
+        let _ = LOST_FLOWS.insert(tcp.flow, header.arrival_ns, 0);
     }
     if worth_logging(count) {
         warn!(

@@ -23,9 +23,9 @@ pub async fn cleanup(interface: &str) -> Result<(), BpfError> {
     let Ok(index) = nix::net::if_::if_nametoindex(interface) else {
         return Err(super::interface_missing(interface));
     };
-    let xdp = remove_xdp(interface, index).await;
-    let gate = remove_gate(interface, true).await;
-    xdp.and(gate)
+    // First, for it fails where an agent runs: the gate of that one stays.
+    remove_xdp(interface, index).await?;
+    remove_gate(interface, true).await
 }
 
 /// Opens a netlink socket in the namespace of the calling thread.
