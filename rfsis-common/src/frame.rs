@@ -55,7 +55,7 @@ pub enum FrameClass {
     /// An ARP packet, request or reply, whose sender claims the VIP.
     ArpFromVip,
     /// IPv4 to or from the VIP.
-    Vip(VipPacket),
+    Vip,
     /// Tagged for a VLAN (id ≠ 0): belongs to another interface.
     Tagged,
     /// Too short or self-contradictory.
@@ -64,15 +64,50 @@ pub enum FrameClass {
     Other,
 }
 
-/// An IPv4 packet to or from the VIP.
+/// A frame, classified.
+///
+/// Flat, not an enum with payloads: what a variant lacks would be undefined, the compiler moves
+/// undefined values about freely, and the verifier refuses a program that reads one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VipPacket {
-    /// Which way it goes.
+pub struct Classified {
+    /// What kind of frame it is.
+    pub class: FrameClass,
+    /// Which way it goes; `ToVip` unless it is from the VIP.
     pub direction: Direction,
-    /// Bytes from the start of the frame to the IPv4 header.
+    /// Bytes from the start of the frame to the layer-3 header.
     pub l3_offset: usize,
-    /// The TCP part; `None` for other protocols and for fragments after the first.
-    pub tcp: Option<TcpPart>,
+    /// `tcp` says something.
+    has_tcp: bool,
+    tcp: TcpPart,
+}
+
+impl Classified {
+    #[inline(always)]
+    const fn new(class: FrameClass, l3_offset: usize) -> Self {
+        Self {
+            class,
+            direction: Direction::ToVip,
+            l3_offset,
+            has_tcp: false,
+            tcp: TcpPart {
+                flow: FlowKey {
+                    client_addr: 0,
+                    client_port: 0,
+                    service_port: 0,
+                },
+                flags: 0,
+                seq: 0,
+                ack: 0,
+            },
+        }
+    }
+
+    /// The TCP part of a packet to or from the VIP; `None` for other protocols and for fragments after
+    /// the first.
+    #[inline(always)]
+    pub const fn tcp(&self) -> Option<&TcpPart> {
+        if self.has_tcp { Some(&self.tcp) } else { None }
+    }
 }
 
 /// What the programs need of a TCP header.
@@ -90,65 +125,67 @@ pub struct TcpPart {
 
 /// Classifies a frame. `vip` is in host byte order.
 #[inline(always)]
-pub fn classify<F: Frame>(frame: &F, vip: u32) -> FrameClass {
+pub fn classify<F: Frame>(frame: &F, vip: u32) -> Classified {
     let Some(ethertype) = frame.load::<2>(12) else {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, ETHERNET_LEN);
     };
     match u16::from_be_bytes(ethertype) {
         ETH_ARP => classify_arp(frame, ETHERNET_LEN, vip),
         ETH_IPV4 => classify_ipv4(frame, ETHERNET_LEN, vip),
         ETH_VLAN | ETH_QINQ => classify_tagged(frame, vip),
-        _ => FrameClass::Other,
+        _ => Classified::new(FrameClass::Other, ETHERNET_LEN),
     }
 }
 
 /// A tag with VLAN id 0 carries a priority only: the kernel reads such a frame as untagged.
 #[inline(always)]
-fn classify_tagged<F: Frame>(frame: &F, vip: u32) -> FrameClass {
+fn classify_tagged<F: Frame>(frame: &F, vip: u32) -> Classified {
+    const L3: usize = ETHERNET_LEN + 4;
     let Some([tci_high, tci_low, type_high, type_low]) = frame.load::<4>(ETHERNET_LEN) else {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, ETHERNET_LEN);
     };
     if u16::from_be_bytes([tci_high, tci_low]) & 0x0fff != 0 {
-        return FrameClass::Tagged;
+        return Classified::new(FrameClass::Tagged, ETHERNET_LEN);
     }
     match u16::from_be_bytes([type_high, type_low]) {
-        ETH_ARP => classify_arp(frame, ETHERNET_LEN + 4, vip),
-        ETH_IPV4 => classify_ipv4(frame, ETHERNET_LEN + 4, vip),
-        ETH_VLAN | ETH_QINQ => FrameClass::Tagged,
-        _ => FrameClass::Other,
+        ETH_ARP => classify_arp(frame, L3, vip),
+        ETH_IPV4 => classify_ipv4(frame, L3, vip),
+        ETH_VLAN | ETH_QINQ => Classified::new(FrameClass::Tagged, ETHERNET_LEN),
+        _ => Classified::new(FrameClass::Other, L3),
     }
 }
 
 /// RFC 826.
 #[inline(always)]
-fn classify_arp<F: Frame>(frame: &F, offset: usize, vip: u32) -> FrameClass {
+fn classify_arp<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
     let Some(arp) = frame.load::<ARP_LEN>(offset) else {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, offset);
     };
     // Ethernet, IPv4, address lengths 6 and 4.
     if arp[0] != 0 || arp[1] != 1 || arp[2] != 8 || arp[3] != 0 || arp[4] != 6 || arp[5] != 4 {
-        return FrameClass::Other;
+        return Classified::new(FrameClass::Other, offset);
     }
     let request = arp[6] == 0 && arp[7] == 1;
     if request && offset == ETHERNET_LEN && frame.load::<4>(offset + ARP_LEN) == Some(MAGIC) {
-        return FrameClass::Heartbeat;
+        return Classified::new(FrameClass::Heartbeat, offset);
     }
     let sender = u32::from_be_bytes([arp[14], arp[15], arp[16], arp[17]]);
     let target = u32::from_be_bytes([arp[24], arp[25], arp[26], arp[27]]);
-    if sender == vip {
+    let class = if sender == vip {
         FrameClass::ArpFromVip
     } else if request && target == vip {
         FrameClass::ArpRequestForVip
     } else {
         FrameClass::Other
-    }
+    };
+    Classified::new(class, offset)
 }
 
 /// RFC 791, RFC 9293.
 #[inline(always)]
-fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> FrameClass {
+fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
     let Some(ip) = frame.load::<20>(offset) else {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, offset);
     };
     let source = u32::from_be_bytes([ip[12], ip[13], ip[14], ip[15]]);
     let destination = u32::from_be_bytes([ip[16], ip[17], ip[18], ip[19]]);
@@ -157,7 +194,7 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> FrameClass {
     } else if source == vip {
         Direction::FromVip
     } else {
-        return FrameClass::Other;
+        return Classified::new(FrameClass::Other, offset);
     };
     let header_len = ((ip[0] & 0x0f) as usize) * 4;
     let total_len = u16::from_be_bytes([ip[2], ip[3]]) as usize;
@@ -167,23 +204,20 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> FrameClass {
         || total_len < header_len
         || offset + total_len > frame.frame_len()
     {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, offset);
     }
-    let mut packet = VipPacket {
-        direction,
-        l3_offset: offset,
-        tcp: None,
-    };
+    let mut packet = Classified::new(FrameClass::Vip, offset);
+    packet.direction = direction;
     let fragment_offset = u16::from_be_bytes([ip[6], ip[7]]) & 0x1fff;
     if ip[9] != IP_TCP || fragment_offset != 0 {
-        return FrameClass::Vip(packet);
+        return packet;
     }
     if total_len < header_len + 20 {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, offset);
     }
     // Masked so that the verifier sees the bound: header_len is a multiple of 4 up to 60.
     let Some(tcp) = frame.load::<14>(offset + (header_len & 0x3c)) else {
-        return FrameClass::Malformed;
+        return Classified::new(FrameClass::Malformed, offset);
     };
     let source_port = u16::from_be_bytes([tcp[0], tcp[1]]);
     let destination_port = u16::from_be_bytes([tcp[2], tcp[3]]);
@@ -199,11 +233,214 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> FrameClass {
             service_port: source_port,
         },
     };
-    packet.tcp = Some(TcpPart {
+    packet.has_tcp = true;
+    packet.tcp = TcpPart {
         flow,
         flags: tcp[13],
         seq: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
         ack: u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]),
-    });
-    FrameClass::Vip(packet)
+    };
+    packet
+}
+
+/// Frames for the tests of this crate, without an allocator.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    pub const VIP: u32 = 0xc0a8_0164;
+    pub const CLIENT: u32 = 0xc0a8_0132;
+    pub const SERVICE: u16 = 7;
+    pub const CLIENT_PORT: u16 = 40_000;
+    /// Ethernet, IPv4 and TCP headers, no options, no payload.
+    pub type Segment = [u8; 54];
+
+    pub fn tcp(source: (u32, u16), destination: (u32, u16), flags: u8) -> Segment {
+        let mut frame = [0; 54];
+        frame[12] = 8;
+        frame[14..24].copy_from_slice(&[0x45, 0, 0, 40, 0, 1, 0, 0, 64, IP_TCP]);
+        frame[26..30].copy_from_slice(&source.0.to_be_bytes());
+        frame[30..34].copy_from_slice(&destination.0.to_be_bytes());
+        frame[34..36].copy_from_slice(&source.1.to_be_bytes());
+        frame[36..38].copy_from_slice(&destination.1.to_be_bytes());
+        frame[38..42].copy_from_slice(&1000_u32.to_be_bytes());
+        frame[42..46].copy_from_slice(&2000_u32.to_be_bytes());
+        frame[46..48].copy_from_slice(&[0x50, flags]);
+        frame
+    }
+
+    pub fn tcp_to_vip(flags: u8) -> Segment {
+        tcp((CLIENT, CLIENT_PORT), (VIP, SERVICE), flags)
+    }
+
+    pub fn tcp_from_vip(flags: u8) -> Segment {
+        tcp((VIP, SERVICE), (CLIENT, CLIENT_PORT), flags)
+    }
+
+    pub fn arp(operation: u8, sender: u32, target: u32) -> [u8; 42] {
+        let mut frame = [0; 42];
+        frame[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, operation]);
+        frame[28..32].copy_from_slice(&sender.to_be_bytes());
+        frame[38..42].copy_from_slice(&target.to_be_bytes());
+        frame
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::*;
+    use super::*;
+
+    fn class(frame: &[u8]) -> FrameClass {
+        classify(&frame, VIP).class
+    }
+
+    #[test]
+    fn a_flow_is_the_same_from_both_sides() {
+        let flow = FlowKey {
+            client_addr: CLIENT,
+            client_port: CLIENT_PORT,
+            service_port: SERVICE,
+        };
+        for (frame, direction) in [
+            (tcp_to_vip(tcp_flags::ACK), Direction::ToVip),
+            (tcp_from_vip(tcp_flags::ACK), Direction::FromVip),
+        ] {
+            let frame = classify(&&frame[..], VIP);
+            assert_eq!((frame.class, frame.direction), (FrameClass::Vip, direction));
+            let tcp = frame.tcp().unwrap();
+            assert_eq!((tcp.flow, tcp.flags), (flow, tcp_flags::ACK));
+            assert_eq!((tcp.seq, tcp.ack), (1000, 2000));
+        }
+    }
+
+    #[test]
+    fn ports_are_read_behind_ip_options() {
+        let plain = tcp_to_vip(tcp_flags::ACK);
+        for words in 1..=10_usize {
+            let mut frame = [0; 54 + 40];
+            frame[..34].copy_from_slice(&plain[..34]);
+            frame[34 + words * 4..54 + words * 4].copy_from_slice(&plain[34..]);
+            frame[14] = 0x45 + words as u8;
+            frame[17] = 40 + 4 * words as u8;
+            let parsed = classify(&&frame[..54 + words * 4], VIP);
+            let tcp = parsed.tcp().unwrap();
+            assert_eq!(
+                tcp.flow.client_port, CLIENT_PORT,
+                "{words} words of options"
+            );
+        }
+    }
+
+    #[test]
+    fn only_the_first_fragment_has_a_tcp_part() {
+        for (high, low, has_tcp) in [
+            (0x20, 0, true),
+            (0x40, 0, true),
+            (0x20, 1, false),
+            (0x1f, 0xff, false),
+        ] {
+            let mut frame = tcp_to_vip(tcp_flags::ACK);
+            frame[20] = high;
+            frame[21] = low;
+            let frame = classify(&&frame[..], VIP);
+            assert_eq!(frame.class, FrameClass::Vip);
+            assert_eq!(frame.tcp().is_some(), has_tcp, "{high:#x} {low:#x}");
+        }
+    }
+
+    #[test]
+    fn a_frame_that_ends_early_is_malformed_at_every_length() {
+        let segment = tcp_to_vip(tcp_flags::ACK);
+        for len in 0..segment.len() {
+            assert_eq!(class(&segment[..len]), FrameClass::Malformed, "{len} bytes");
+        }
+        assert_eq!(class(&segment), FrameClass::Vip);
+        let request = arp(1, CLIENT, VIP);
+        for len in 0..request.len() {
+            assert_eq!(
+                class(&request[..len]),
+                FrameClass::Malformed,
+                "ARP of {len} bytes"
+            );
+        }
+        assert_eq!(class(&request), FrameClass::ArpRequestForVip);
+    }
+
+    #[test]
+    fn a_header_that_contradicts_itself_is_malformed() {
+        for (offset, value) in [
+            (14, 0x44),
+            (14, 0x40),
+            (14, 0x65),
+            (14, 0x4b),
+            (16, 0xff),
+            (17, 0),
+            (17, 19),
+            (17, 39),
+            (17, 41),
+        ] {
+            let mut frame = tcp_to_vip(tcp_flags::ACK);
+            frame[offset] = value;
+            assert_eq!(
+                class(&frame),
+                FrameClass::Malformed,
+                "{value:#x} at {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn no_frame_makes_the_parser_panic() {
+        // A fixed pseudo-random walk (xorshift64) over mutations of valid frames.
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = move || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random as usize
+        };
+        for _ in 0..200_000 {
+            let mut frame = tcp_to_vip(0);
+            for _ in 0..next() % 6 {
+                frame[next() % 54] = next() as u8;
+            }
+            let len = next() % 55;
+            let parsed = classify(&&frame[..len], VIP);
+            assert!(
+                parsed.tcp().is_none() || len >= 48,
+                "a TCP part in {len} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn arp_is_told_apart_by_operation_sender_and_magic() {
+        assert_eq!(class(&arp(1, VIP, VIP)), FrameClass::ArpFromVip);
+        assert_eq!(class(&arp(2, VIP, CLIENT)), FrameClass::ArpFromVip);
+        assert_eq!(class(&arp(2, CLIENT, VIP)), FrameClass::Other);
+        assert_eq!(class(&arp(1, CLIENT, CLIENT)), FrameClass::Other);
+        let mut beat = [0; 46];
+        beat[..42].copy_from_slice(&arp(1, CLIENT, VIP));
+        beat[42..].copy_from_slice(&MAGIC);
+        assert_eq!(class(&beat), FrameClass::Heartbeat);
+        beat[45] ^= 1;
+        assert_eq!(class(&beat), FrameClass::ArpRequestForVip);
+    }
+
+    #[test]
+    fn a_priority_tag_is_looked_through_and_a_vlan_is_not() {
+        let plain = tcp_to_vip(tcp_flags::ACK);
+        let mut frame = [0; 58];
+        frame[..12].copy_from_slice(&plain[..12]);
+        frame[16..].copy_from_slice(&plain[12..]);
+        for ethertype in [ETH_VLAN, ETH_QINQ] {
+            frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
+            frame[14..16].copy_from_slice(&0xe000_u16.to_be_bytes());
+            let parsed = classify(&&frame[..], VIP);
+            assert_eq!((parsed.class, parsed.l3_offset), (FrameClass::Vip, 18));
+            frame[14..16].copy_from_slice(&0xe005_u16.to_be_bytes());
+            assert_eq!(class(&frame), FrameClass::Tagged);
+        }
+    }
 }

@@ -102,6 +102,22 @@ pub struct FrameHeader {
 /// Bytes of [`FrameHeader`].
 pub const FRAME_HEADER_LEN: usize = size_of::<FrameHeader>();
 
+impl FrameHeader {
+    /// Splits an entry of the ring into header and frame; what pads the slot is left out. `None` for an
+    /// entry that is shorter than it says.
+    pub fn split(entry: &[u8]) -> Option<(FrameHeader, &[u8])> {
+        let (header, rest) = entry.split_at_checked(FRAME_HEADER_LEN)?;
+        let header = FrameHeader {
+            arrival_ns: u64_at(header, 0)?,
+            len: u32_at(header, 8)?,
+            ifindex: u32_at(header, 12)?,
+            direction: u32_at(header, 16)?,
+            l3_offset: u32_at(header, 20)?,
+        };
+        Some((header, rest.get(..header.len as usize)?))
+    }
+}
+
 /// Slot sizes of the ring `FRAMES`, header included, bytes: `RingBuf::reserve` takes constants only.
 /// The last holds any GSO super-frame.
 pub const FRAME_SLOTS: [usize; 4] = [256, 2048, 9216 + 256, 65536 + 256];
@@ -123,6 +139,25 @@ pub struct HeartbeatEvent {
     pub frame: [u8; HEARTBEAT_CAPTURE],
 }
 
+impl HeartbeatEvent {
+    /// Reads an entry of the ring; `None` for one that is shorter than it says.
+    pub fn parse(entry: &[u8]) -> Option<HeartbeatEvent> {
+        let (header, rest) = entry.split_at_checked(16)?;
+        let event = HeartbeatEvent {
+            arrival_ns: u64_at(header, 0)?,
+            len: u32_at(header, 8)?,
+            ifindex: u32_at(header, 12)?,
+            frame: *rest.first_chunk()?,
+        };
+        (event.len as usize <= HEARTBEAT_CAPTURE).then_some(event)
+    }
+
+    /// The valid bytes of the frame.
+    pub fn frame(&self) -> &[u8] {
+        self.frame.get(..self.len as usize).unwrap_or(&self.frame)
+    }
+}
+
 /// An entry of the ring `HELD`: the gate held back a FIN or RST that nobody approved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -139,6 +174,48 @@ pub struct HeldEvent {
     pub flags: u32,
     /// 0.
     pub reserved: u32,
+}
+
+impl HeldEvent {
+    /// Reads an entry of the ring; `None` for a short one.
+    pub fn parse(entry: &[u8]) -> Option<HeldEvent> {
+        Some(HeldEvent {
+            at_ns: u64_at(entry, 0)?,
+            flow: FlowKey {
+                client_addr: u32_at(entry, 8)?,
+                client_port: u16_at(entry, 12)?,
+                service_port: u16_at(entry, 14)?,
+            },
+            seq: u32_at(entry, 16)?,
+            ack: u32_at(entry, 20)?,
+            flags: u32_at(entry, 24)?,
+            reserved: u32_at(entry, 28)?,
+        })
+    }
+}
+
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u16::from_ne_bytes)
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u32::from_ne_bytes)
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    bytes
+        .get(offset..)?
+        .first_chunk()
+        .copied()
+        .map(u64::from_ne_bytes)
 }
 
 /// Names of maps and programs, the same on both sides of the kernel boundary.
@@ -182,4 +259,40 @@ mod pod {
     unsafe impl aya::Pod for NodeState {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for FlowKey {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_shorter_than_it_says_is_refused() {
+        let mut entry = [0_u8; FRAME_HEADER_LEN + 8];
+        entry[8..12].copy_from_slice(&3_u32.to_ne_bytes());
+        entry[FRAME_HEADER_LEN..][..4].copy_from_slice(&[1, 2, 3, 4]);
+        let (header, frame) = FrameHeader::split(&entry).unwrap();
+        assert_eq!((header.len, frame), (3, &[1, 2, 3][..]));
+        entry[8..12].copy_from_slice(&9_u32.to_ne_bytes());
+        assert_eq!(FrameHeader::split(&entry), None);
+        assert_eq!(FrameHeader::split(&entry[..FRAME_HEADER_LEN - 1]), None);
+
+        let mut entry = [0_u8; size_of::<HeartbeatEvent>()];
+        assert!(HeartbeatEvent::parse(&entry).is_some());
+        assert!(HeartbeatEvent::parse(&entry[..entry.len() - 1]).is_none());
+        entry[8..12].copy_from_slice(&(HEARTBEAT_CAPTURE as u32 + 1).to_ne_bytes());
+        assert!(HeartbeatEvent::parse(&entry).is_none());
+
+        let entry = [0_u8; size_of::<HeldEvent>()];
+        assert_eq!(HeldEvent::parse(&entry), Some(HeldEvent::default()));
+        assert_eq!(HeldEvent::parse(&entry[1..]), None);
+    }
+
+    #[test]
+    fn no_layout_has_hidden_padding() {
+        assert_eq!(size_of::<NodeState>(), 16);
+        assert_eq!(size_of::<FlowKey>(), 8);
+        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 4);
+        assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
+        assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
+    }
 }

@@ -1,7 +1,7 @@
 //! What is done with a frame: pure functions that the eBPF programs and the simulation both call.
 
-use crate::frame::{FrameClass, TcpPart, VipPacket, tcp_flags};
-use crate::maps::{NodeState, State};
+use crate::frame::{Classified, FrameClass, TcpPart, tcp_flags};
+use crate::maps::{Direction, NodeState, State};
 
 /// What the XDP program did with a frame; index into `XDP_COUNTERS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,11 +87,11 @@ impl NodeState {
 /// on the active and only for TCP.
 #[inline(always)]
 pub fn xdp_decide(
-    class: &FrameClass,
+    frame: &Classified,
     state: State,
     is_live: impl FnOnce(&TcpPart) -> bool,
 ) -> XdpAction {
-    match class {
+    match frame.class {
         FrameClass::Heartbeat => XdpAction::Heartbeat,
         FrameClass::Tagged => XdpAction::Pass(XdpVerdict::Tagged),
         FrameClass::Malformed => XdpAction::Pass(XdpVerdict::Malformed),
@@ -101,7 +101,7 @@ pub fn xdp_decide(
             State::Active => XdpAction::Pass(XdpVerdict::PassVip),
             _ => XdpAction::Mirror,
         },
-        FrameClass::Vip(VipPacket { tcp, .. }) => match (state, tcp) {
+        FrameClass::Vip => match (state, frame.tcp()) {
             (State::Active, Some(tcp)) if is_live(tcp) => XdpAction::Mirror,
             (State::Active, _) => XdpAction::Pass(XdpVerdict::PassVip),
             _ => XdpAction::Mirror,
@@ -149,21 +149,16 @@ impl GateVerdict {
 /// may leave. Both are asked only when they matter.
 #[inline(always)]
 pub fn gate_decide(
-    class: &FrameClass,
+    frame: &Classified,
     node: &NodeState,
     now_ns: u64,
     is_service: impl FnOnce(u16) -> bool,
     is_approved: impl FnOnce(&TcpPart) -> bool,
 ) -> GateVerdict {
-    let tcp = match class {
-        FrameClass::ArpFromVip => None,
-        FrameClass::Vip(VipPacket {
-            direction: crate::maps::Direction::FromVip,
-            tcp,
-            ..
-        }) => tcp.as_ref(),
+    let tcp = match (frame.class, frame.direction) {
+        (FrameClass::Vip, Direction::FromVip) => frame.tcp(),
         // Fails closed: what cannot be read may be the VIP's.
-        FrameClass::Malformed => None,
+        (FrameClass::ArpFromVip | FrameClass::Malformed, _) => None,
         _ => return GateVerdict::Other,
     };
     if !node.may_speak(now_ns) {
@@ -178,5 +173,117 @@ pub fn gate_decide(
             GateVerdict::Held
         }
         _ => GateVerdict::Passed,
+    }
+}
+
+/// Whether a segment that leaves from the VIP ends the approval of its flow: a SYN-ACK begins a new
+/// connection, which must not inherit what an older one with the same addresses and ports was granted.
+#[inline(always)]
+pub const fn revokes_approval(tcp: &TcpPart) -> bool {
+    const SYN_ACK: u8 = tcp_flags::SYN | tcp_flags::ACK;
+    tcp.flags & SYN_ACK == SYN_ACK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::classify;
+    use crate::frame::tcp_flags::{ACK, FIN, RST, SYN};
+    use crate::frame::testing::{CLIENT, SERVICE, VIP, arp, tcp_from_vip, tcp_to_vip};
+
+    const OPEN: NodeState = NodeState {
+        state: State::Active as u64,
+        lease_ns: 1000,
+    };
+
+    #[test]
+    fn a_lease_ends_after_its_last_nanosecond_and_only_the_active_has_one() {
+        assert!(OPEN.may_speak(1000));
+        assert!(!OPEN.may_speak(1001));
+        for state in [0, 2, 3, 4, u64::MAX] {
+            assert!(!NodeState { state, ..OPEN }.may_speak(0), "state {state}");
+        }
+        // Half-written in either order: the new state with the old lease, the old with the new.
+        assert!(
+            !NodeState {
+                lease_ns: 0,
+                ..OPEN
+            }
+            .may_speak(1)
+        );
+        assert!(!NodeState { state: 0, ..OPEN }.may_speak(1));
+    }
+
+    #[test]
+    fn the_active_mirrors_live_flows_only_and_asks_for_tcp_only() {
+        let tcp = tcp_to_vip(ACK);
+        let frame = classify(&&tcp[..], VIP);
+        let ask = |state, live| xdp_decide(&frame, state, |_| live);
+        assert_eq!(ask(State::Active, true), XdpAction::Mirror);
+        assert_eq!(
+            ask(State::Active, false),
+            XdpAction::Pass(XdpVerdict::PassVip)
+        );
+        for state in [State::Standby, State::TakingOver, State::Fenced] {
+            let action = xdp_decide(&frame, state, |_| panic!("asked on {state:?}"));
+            assert_eq!(action, XdpAction::Mirror);
+        }
+        let request = arp(1, CLIENT, VIP);
+        let action = xdp_decide(&classify(&&request[..], VIP), State::Active, |_| {
+            panic!("asked")
+        });
+        assert_eq!(action, XdpAction::Pass(XdpVerdict::PassVip));
+    }
+
+    #[test]
+    fn what_the_gate_cannot_read_leaves_only_while_it_is_open() {
+        let short = [0; 13];
+        let frame = classify(&&short[..], VIP);
+        let decide = |node| gate_decide(&frame, node, 1000, |_| true, |_| false);
+        assert_eq!(decide(&OPEN), GateVerdict::Passed);
+        assert_eq!(decide(&NodeState::default()), GateVerdict::Closed);
+    }
+
+    #[test]
+    fn only_an_approved_fin_or_rst_of_a_service_leaves() {
+        for (flags, service, approved, expected) in [
+            (ACK, true, false, GateVerdict::Passed),
+            (SYN | ACK, true, false, GateVerdict::Passed),
+            (FIN | ACK, true, false, GateVerdict::Held),
+            (RST, true, false, GateVerdict::Held),
+            (FIN | ACK, true, true, GateVerdict::Passed),
+            (RST, false, false, GateVerdict::Passed),
+        ] {
+            let segment = tcp_from_vip(flags);
+            let frame = classify(&&segment[..], VIP);
+            let is_service = |port| service && port == SERVICE;
+            let verdict = gate_decide(&frame, &OPEN, 0, is_service, |_| approved);
+            assert_eq!(
+                verdict, expected,
+                "flags {flags:#x}, service {service}, {approved}"
+            );
+            // Closed beats everything.
+            let verdict = gate_decide(&frame, &OPEN, 1001, is_service, |_| approved);
+            assert_eq!(verdict, GateVerdict::Closed);
+        }
+    }
+
+    #[test]
+    fn a_syn_ack_and_nothing_else_revokes() {
+        for (flags, revokes) in [
+            (SYN | ACK, true),
+            (SYN, false),
+            (ACK, false),
+            (FIN | ACK, false),
+            (RST | ACK, false),
+        ] {
+            let segment = tcp_from_vip(flags);
+            let frame = classify(&&segment[..], VIP);
+            assert_eq!(
+                revokes_approval(frame.tcp().unwrap()),
+                revokes,
+                "flags {flags:#x}"
+            );
+        }
     }
 }

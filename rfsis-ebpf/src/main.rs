@@ -1,2 +1,21 @@
+//! The programs of RFSIS in the kernel. Thin: parse (`rfsis_common::frame`), look up ([`maps`]),
+//! decide (`rfsis_common::verdict`), act, count.
+//!
+//! Read [`xdp`] (ingress: who sees a frame) and [`gate`] (egress: who may speak).
 #![no_std]
 #![no_main]
+
+mod gate;
+mod maps;
+mod xdp;
+
+/// The helpers for ring buffers and time are open to GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Never reached: the verifier would refuse a program from which a panic is reachable.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}

@@ -1,0 +1,89 @@
+//! Egress: who may speak for the VIP.
+//!
+//! What does not pass is `TC_ACT_STOLEN`, not `TC_ACT_SHOT`: the latter tells the local TCP that its
+//! packet was dropped, and TCP shrinks its window. What passes is `TC_ACT_UNSPEC`, so that the host's
+//! other filters still run (`net/sched/cls_bpf.c`, `cls_bpf_classify`: it goes on to the next filter,
+//! and behind the last one the packet leaves).
+
+use aya_ebpf::{
+    bindings::{TC_ACT_STOLEN, TC_ACT_UNSPEC},
+    helpers::generated::bpf_ktime_get_ns,
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::warn;
+use rfsis_common::frame::{Frame, TcpPart, classify};
+use rfsis_common::maps::HeldEvent;
+use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval};
+
+use crate::maps::{
+    APPROVED_FLOWS, HELD, SERVICE_PORTS, count_gate, node_state, vip, worth_logging,
+};
+
+struct SkbFrame<'a>(&'a TcContext);
+
+impl Frame for SkbFrame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        // By helper, not by packet pointer: headers may lie outside the linear part.
+        self.0.load::<[u8; N]>(offset).ok()
+    }
+
+    #[inline(always)]
+    fn frame_len(&self) -> usize {
+        self.0.len() as usize
+    }
+}
+
+/// Filter on clsact egress.
+#[classifier]
+pub fn rfsis_gate(ctx: TcContext) -> i32 {
+    let frame = classify(&SkbFrame(&ctx), vip());
+    // SAFETY: the helper takes nothing and cannot fail.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let verdict = gate_decide(
+        &frame,
+        &node_state(),
+        now_ns,
+        // SAFETY: only presence is asked; the value is not read.
+        |port| unsafe { SERVICE_PORTS.get(port).is_some() },
+        // SAFETY: only presence is asked; the value is not read.
+        |tcp| unsafe { APPROVED_FLOWS.get(tcp.flow).is_some() },
+    );
+    let count = count_gate(verdict);
+    match verdict {
+        GateVerdict::Other => TC_ACT_UNSPEC,
+        GateVerdict::Passed => {
+            if let Some(tcp) = frame.tcp()
+                && revokes_approval(tcp)
+            {
+                // Fails where there is none, which is the usual case.
+                let _ = APPROVED_FLOWS.remove(tcp.flow);
+            }
+            TC_ACT_UNSPEC
+        }
+        GateVerdict::Closed => TC_ACT_STOLEN,
+        GateVerdict::Held => {
+            if let Some(tcp) = frame.tcp() {
+                report_held(&ctx, tcp, now_ns, count);
+            }
+            TC_ACT_STOLEN
+        }
+    }
+}
+
+/// A lost report costs little: TCP sends the FIN again.
+#[inline(always)]
+fn report_held(ctx: &TcContext, tcp: &TcpPart, at_ns: u64, count: u64) {
+    let event = HeldEvent {
+        at_ns,
+        flow: tcp.flow,
+        seq: tcp.seq,
+        ack: tcp.ack,
+        flags: u32::from(tcp.flags),
+        reserved: 0,
+    };
+    if HELD.output::<HeldEvent>(event, 0).is_err() && worth_logging(count) {
+        warn!(ctx, "held ring full: {} FIN or RST held on this CPU", count);
+    }
+}

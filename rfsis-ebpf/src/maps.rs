@@ -1,0 +1,102 @@
+//! Maps and globals; their layouts and names are those of `rfsis_common::maps`.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+};
+use rfsis_common::maps::{FlowKey, NodeState};
+use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+
+/// The VIP, IPv4 in host byte order; the loader sets it.
+#[unsafe(no_mangle)]
+static VIP: Global<u32> = Global::new(0);
+
+#[map]
+static STATE: Array<NodeState> = Array::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+pub static LIVE_FLOWS: HashMap<FlowKey, u8> = HashMap::with_max_entries(20_000, 0);
+
+#[map]
+pub static APPROVED_FLOWS: LruHashMap<FlowKey, u8> = LruHashMap::with_max_entries(65_536, 0);
+
+#[map]
+pub static LOST_FLOWS: LruHashMap<FlowKey, u64> = LruHashMap::with_max_entries(16_384, 0);
+
+/// The loader sizes it.
+#[map]
+pub static SERVICE_PORTS: HashMap<u16, u8> = HashMap::with_max_entries(64, 0);
+
+/// A second of heartbeats at one a millisecond.
+#[map]
+pub static HEARTBEATS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// The loader sizes it.
+#[map]
+pub static FRAMES: RingBuf = RingBuf::with_byte_size(32 * 1024 * 1024, 0);
+
+#[map]
+pub static HELD: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+#[map]
+static XDP_COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(XdpVerdict::ALL.len() as u32, 0);
+
+#[map]
+static GATE_COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(GateVerdict::ALL.len() as u32, 0);
+
+/// The VIP, host byte order.
+#[inline(always)]
+pub fn vip() -> u32 {
+    VIP.load()
+}
+
+/// The node's state and lease, as the agent wrote them last.
+#[inline(always)]
+pub fn node_state() -> NodeState {
+    match STATE.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element. The agent writes it meanwhile, word by
+        // word: volatile, so that each word is read once and a decision sees one value of it.
+        Some(node) => unsafe {
+            NodeState {
+                state: core::ptr::read_volatile(&raw const (*node).state),
+                lease_ns: core::ptr::read_volatile(&raw const (*node).lease_ns),
+            }
+        },
+        None => NodeState::default(),
+    }
+}
+
+/// Counts a verdict of the XDP program; gives this CPU's count.
+#[inline(always)]
+pub fn count_xdp(verdict: XdpVerdict) -> u64 {
+    count(&XDP_COUNTERS, verdict as u32)
+}
+
+/// Counts a verdict of the gate; gives this CPU's count.
+#[inline(always)]
+pub fn count_gate(verdict: GateVerdict) -> u64 {
+    count(&GATE_COUNTERS, verdict as u32)
+}
+
+#[inline(always)]
+fn count(counters: &PerCpuArray<u64>, index: u32) -> u64 {
+    match counters.get_ptr_mut(index) {
+        // SAFETY: the slot is this CPU's alone and programs of one hook do not interrupt each other.
+        Some(counter) => unsafe {
+            *counter += 1;
+            *counter
+        },
+        None => 0,
+    }
+}
+
+/// Whether a rare event with this count is worth a log line: the first, and each time the count
+/// has doubled.
+#[inline(always)]
+pub fn worth_logging(count: u64) -> bool {
+    count.is_power_of_two()
+}

@@ -1,0 +1,140 @@
+//! A host of one's own: namespace, interfaces, packet sockets, loaded programs.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+use nix::time::{ClockId, clock_gettime};
+use rfsis_agent::bpf::{LoadParams, Programs};
+use rfsis_common::maps::{NodeState, State};
+
+use crate::frames::{OWN, SERVICE, VIP};
+
+/// Runs a test in a network namespace of its own.
+pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let result = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root: `cargo xtask test`");
+        test();
+    })
+    .join();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+pub fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap_or_else(|error| panic!("{command}: {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A veth pair, both ends here and up; `eth0` has the node's own address.
+pub fn veth(mtu: u32) {
+    run(&format!(
+        "ip link add eth0 mtu {mtu} type veth peer name peer0 mtu {mtu}"
+    ));
+    run(&format!("ip addr add {OWN}/24 dev eth0"));
+    run("ip link set eth0 up");
+    run("ip link set peer0 up");
+}
+
+/// What a clean stop must leave as it was; counters and lifetimes left out.
+pub fn snapshot() -> String {
+    [
+        "tc qdisc show",
+        "tc filter show dev eth0 ingress",
+        "tc filter show dev eth0 egress",
+        "ip addr",
+    ]
+    .map(run)
+    .join("---\n")
+}
+
+pub fn gates() -> usize {
+    let filters = run("tc filter show dev eth0 egress");
+    filters
+        .lines()
+        .filter(|line| line.contains("rfsis_gate"))
+        .count()
+}
+
+pub fn wait(future: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.unwrap().block_on(future);
+}
+
+pub fn load() -> Programs {
+    load_with_ring(1 << 20)
+}
+
+pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
+    let params = LoadParams {
+        vip: VIP,
+        service_ports: &[SERVICE],
+        frame_ring_bytes,
+        max_live_flows: 16,
+    };
+    Programs::load(params).unwrap_or_else(|error| panic!("{error}"))
+}
+
+pub fn now_ns() -> u64 {
+    Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap()).as_nanos() as u64
+}
+
+pub fn set_state(programs: &Programs, state: State, lease_ns: u64) {
+    let node = NodeState {
+        state: state as u64,
+        lease_ns,
+    };
+    let writer = programs.state_map().unwrap();
+    writer.write(node).unwrap();
+    assert_eq!(writer.read().unwrap(), node);
+}
+
+/// A packet socket on an interface, protocol ETH_P_ALL.
+pub fn packet_socket(interface: &str) -> OwnedFd {
+    let address: LinkAddr = nix::ifaddrs::getifaddrs()
+        .unwrap()
+        .filter(|entry| entry.interface_name == interface)
+        .find_map(|entry| entry.address?.as_link_addr().copied())
+        .unwrap();
+    let fd = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::EthAll,
+    )
+    .unwrap();
+    bind(fd.as_raw_fd(), &address).unwrap();
+    fd
+}
+
+/// The next frame that fits, or `None` after the time given.
+pub fn receive(fd: &OwnedFd, within: Duration, fits: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+    let deadline = Instant::now() + within;
+    let mut buffer = vec![0; 70_000];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap();
+        if poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout).unwrap() == 0 {
+            return None;
+        }
+        let len = recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+        if fits(&buffer[..len]) {
+            return Some(buffer[..len].to_vec());
+        }
+    }
+}

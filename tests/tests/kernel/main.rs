@@ -1,0 +1,10 @@
+//! The programs in the kernel, the interface around them. Needs root.
+//!
+//! Each test has a network namespace of its own: that of its thread, gone with it.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod attach;
+mod frames;
+mod host;
+mod netif;
+mod verdicts;

@@ -1,0 +1,445 @@
+//! What the programs do with a frame, by `BPF_PROG_TEST_RUN`.
+
+use std::net::Ipv4Addr;
+
+use rfsis_agent::bpf::Programs;
+use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
+use rfsis_common::maps::{
+    Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent,
+    HeldEvent, NodeState, State,
+};
+use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+
+use crate::frames::{
+    CLIENT, CLIENT_PORT, FLOW, OWN, SERVICE, VIP, arp, ethernet, heartbeat, ipv4, malformed_frames,
+    segment, tagged, tcp_from_port, tcp_from_vip, tcp_to_vip, udp_to_vip, with,
+};
+use crate::host::{in_namespace, load, load_with_ring, now_ns, set_state};
+
+const XDP_DROP: u32 = 1;
+const XDP_PASS: u32 = 2;
+
+/// Runs the XDP program and gives what it did: action and the one verdict that was counted.
+fn xdp(programs: &mut Programs, name: &str, frame: &[u8]) -> (u32, XdpVerdict) {
+    let counters = programs.counters().unwrap();
+    let before = counters.xdp().unwrap();
+    let action = programs
+        .test_xdp(frame)
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    let after = counters.xdp().unwrap();
+    let moved: Vec<XdpVerdict> = XdpVerdict::ALL
+        .into_iter()
+        .filter(|verdict| after.get(*verdict) != before.get(*verdict))
+        .collect();
+    let [verdict] = moved[..] else {
+        panic!("{name}: counters moved: {moved:?}");
+    };
+    assert_eq!(after.get(verdict), before.get(verdict) + 1, "{name}");
+    (action, verdict)
+}
+
+#[test]
+fn xdp_verdicts_follow_class_state_and_live_flows() {
+    use XdpVerdict::{Heartbeat, Malformed, Mirrored, Other, PassVip, Tagged};
+    in_namespace(|| {
+        let mut programs = load();
+        let mut frames = programs.take_frames().unwrap();
+        let other_host = Ipv4Addr::new(192, 168, 1, 77);
+        let tcp = || tcp_to_vip(ACK, b"hello");
+        let fragment = |offset| with(tcp(), 20, &[0x20, offset]);
+        let options = {
+            let mut packet = ipv4(6, CLIENT, VIP, &segment(CLIENT_PORT, SERVICE, ACK, b"x"));
+            packet.splice(20..20, [1, 1, 1, 0]);
+            packet[0] = 0x46;
+            packet[3] += 4;
+            ethernet(0x0800, &packet)
+        };
+        // Name, frame, verdict on the standby, on the active, on the active with the flow live.
+        let mut table = vec![
+            ("TCP to the VIP", tcp(), Mirrored, PassVip, Mirrored),
+            (
+                "TCP from the VIP",
+                tcp_from_vip(ACK, b"hi"),
+                Mirrored,
+                PassVip,
+                Mirrored,
+            ),
+            (
+                "IP options before TCP",
+                options,
+                Mirrored,
+                PassVip,
+                Mirrored,
+            ),
+            ("UDP to the VIP", udp_to_vip(), Mirrored, PassVip, PassVip),
+            ("first fragment", fragment(0), Mirrored, PassVip, Mirrored),
+            ("later fragment", fragment(1), Mirrored, PassVip, PassVip),
+            (
+                "data offset 0",
+                with(tcp(), 46, &[0x00]),
+                Mirrored,
+                PassVip,
+                Mirrored,
+            ),
+            (
+                "priority tag",
+                tagged(0, &tcp()),
+                Mirrored,
+                PassVip,
+                Mirrored,
+            ),
+            (
+                "who has the VIP",
+                arp(1, CLIENT, VIP, &[]),
+                Mirrored,
+                PassVip,
+                PassVip,
+            ),
+            ("VLAN 5", tagged(5, &tcp()), Tagged, Tagged, Tagged),
+            (
+                "two tags",
+                tagged(0, &tagged(7, &tcp())),
+                Tagged,
+                Tagged,
+                Tagged,
+            ),
+            (
+                "the VIP's own ARP",
+                arp(2, VIP, CLIENT, &[]),
+                Other,
+                Other,
+                Other,
+            ),
+            (
+                "ARP for another",
+                arp(1, CLIENT, other_host, &[]),
+                Other,
+                Other,
+                Other,
+            ),
+            (
+                "ARP reply to the VIP",
+                arp(2, CLIENT, VIP, &[]),
+                Other,
+                Other,
+                Other,
+            ),
+            (
+                "IPv4 between others",
+                ethernet(0x0800, &ipv4(6, CLIENT, other_host, &[0; 20])),
+                Other,
+                Other,
+                Other,
+            ),
+            ("IPv6", ethernet(0x86dd, &[0x60; 40]), Other, Other, Other),
+            ("heartbeat", heartbeat(), Heartbeat, Heartbeat, Heartbeat),
+            (
+                "tagged heartbeat",
+                tagged(3, &heartbeat()),
+                Tagged,
+                Tagged,
+                Tagged,
+            ),
+            (
+                "heartbeat as a reply",
+                with(heartbeat(), 21, &[2]),
+                Other,
+                Other,
+                Other,
+            ),
+        ];
+        for (name, frame) in malformed_frames() {
+            table.push((name, frame, Malformed, Malformed, Malformed));
+        }
+        let live = programs.live_flows().unwrap();
+        for (name, frame, standby, active, active_live) in &table {
+            for (state, is_live, expected) in [
+                (State::Standby, false, standby),
+                (State::Standby, true, standby),
+                (State::TakingOver, false, standby),
+                (State::Fenced, false, standby),
+                (State::Active, false, active),
+                (State::Active, true, active_live),
+            ] {
+                set_state(&programs, state, 0);
+                if is_live {
+                    live.insert(FLOW).unwrap();
+                }
+                let name = format!("{name}, {state:?}, live: {is_live}");
+                let (action, verdict) = xdp(&mut programs, &name, frame);
+                live.remove(&FLOW).unwrap();
+                assert_eq!(verdict, *expected, "{name}");
+                let dropped = matches!(verdict, Mirrored | Heartbeat);
+                assert_eq!(action, if dropped { XDP_DROP } else { XDP_PASS }, "{name}");
+                let entry = frames.next();
+                assert_eq!(entry.is_some(), verdict == Mirrored, "{name}: copies");
+                if let Some(entry) = entry {
+                    let (header, copy) = FrameHeader::split(&entry).unwrap();
+                    assert_eq!(copy, frame, "{name}");
+                    let from = frame.ends_with(b"hi");
+                    let direction = if from {
+                        Direction::FromVip
+                    } else {
+                        Direction::ToVip
+                    };
+                    assert_eq!(header.direction, direction as u32, "{name}");
+                    let l3_offset = if name.starts_with("priority tag") {
+                        18
+                    } else {
+                        14
+                    };
+                    assert_eq!(header.l3_offset, l3_offset, "{name}");
+                    assert!(now_ns() - header.arrival_ns < 1_000_000_000, "{name}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn an_unknown_state_reads_as_standby_and_closed() {
+    in_namespace(|| {
+        let mut programs = load();
+        let node = NodeState {
+            state: 99,
+            lease_ns: u64::MAX,
+        };
+        programs.state_map().unwrap().write(node).unwrap();
+        let (_, verdict) = xdp(&mut programs, "TCP", &tcp_to_vip(ACK, b""));
+        assert_eq!(verdict, XdpVerdict::Mirrored);
+        let (_, verdict) = gate(&mut programs, "TCP", &tcp_from_vip(ACK, b""));
+        assert_eq!(verdict, GateVerdict::Closed);
+    });
+}
+
+#[test]
+fn frames_of_every_length_are_copied_whole() {
+    in_namespace(|| {
+        let mut programs = load();
+        let mut frames = programs.take_frames().unwrap();
+        let mut lengths = vec![54, 55, 60, 1514, 9014, 65_000, 65_549];
+        for slot in &FRAME_SLOTS[..3] {
+            let room = slot - FRAME_HEADER_LEN;
+            lengths.extend([room - 1, room, room + 1]);
+        }
+        for length in lengths {
+            let payload: Vec<u8> = (0..length - 54).map(|byte| (byte % 251) as u8).collect();
+            let frame = tcp_to_vip(ACK, &payload);
+            assert_eq!(frame.len(), length);
+            let (_, verdict) = xdp(&mut programs, &format!("{length} bytes"), &frame);
+            assert_eq!(verdict, XdpVerdict::Mirrored, "{length} bytes");
+            let entry = frames.next().unwrap();
+            let (header, copy) = FrameHeader::split(&entry).unwrap();
+            assert_eq!(header.len as usize, length);
+            assert!(copy == frame, "{length} bytes: the copy differs");
+        }
+    });
+}
+
+#[test]
+fn a_full_frame_ring_is_counted_and_the_flow_named() {
+    in_namespace(|| {
+        let mut programs = load_with_ring(4096);
+        let lost = programs.lost_flows().unwrap();
+        assert_eq!(lost.drain().unwrap(), []);
+        let mut mirrored = 0;
+        let frame = tcp_to_vip(ACK, &[7; 1000]);
+        while xdp(&mut programs, "TCP", &frame) == (XDP_DROP, XdpVerdict::Mirrored) {
+            mirrored += 1;
+            assert!(mirrored < 10, "a ring of 4096 bytes took {mirrored} frames");
+        }
+        assert!(mirrored > 0);
+        let noted = lost.drain().unwrap();
+        assert_eq!(noted.len(), 1);
+        assert_eq!(noted[0].0, FLOW);
+        assert!(now_ns() - noted[0].1 < 1_000_000_000);
+        assert_eq!(lost.drain().unwrap(), [], "drained entries stay out");
+
+        let (action, verdict) = xdp(&mut programs, "UDP", &[udp_to_vip(), vec![0; 900]].concat());
+        assert_eq!((action, verdict), (XDP_DROP, XdpVerdict::MirrorLost));
+        assert_eq!(lost.drain().unwrap(), [], "only TCP flows are noted");
+    });
+}
+
+#[test]
+fn heartbeats_reach_their_ring_cut_to_the_captured_length_and_a_full_ring_is_counted() {
+    in_namespace(|| {
+        let mut programs = load();
+        let mut ring = programs.take_heartbeats().unwrap();
+        let long = [heartbeat(), vec![9; 500]].concat();
+        for frame in [heartbeat(), long.clone()] {
+            xdp(&mut programs, "heartbeat", &frame);
+            let event = HeartbeatEvent::parse(&ring.next().unwrap()).unwrap();
+            assert_eq!(event.frame(), &frame[..frame.len().min(HEARTBEAT_CAPTURE)]);
+            assert!(now_ns() - event.arrival_ns < 1_000_000_000);
+        }
+        let mut taken = 0;
+        while xdp(&mut programs, "heartbeat", &long).1 == XdpVerdict::Heartbeat {
+            taken += 1;
+            assert!(taken < 100_000);
+        }
+        assert!(
+            taken > 900,
+            "the ring holds {taken}: less than a second at 1 ms"
+        );
+        let (action, verdict) = xdp(&mut programs, "heartbeat", &long);
+        assert_eq!((action, verdict), (XDP_DROP, XdpVerdict::HeartbeatLost));
+    });
+}
+
+const UNSPEC: i32 = -1;
+const STOLEN: i32 = 4;
+
+fn gate(programs: &mut Programs, name: &str, frame: &[u8]) -> (i32, GateVerdict) {
+    let counters = programs.counters().unwrap();
+    let before = counters.gate().unwrap();
+    let code = programs
+        .test_gate(frame)
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    let after = counters.gate().unwrap();
+    let moved: Vec<GateVerdict> = GateVerdict::ALL
+        .into_iter()
+        .filter(|verdict| after.get(*verdict) != before.get(*verdict))
+        .collect();
+    let [verdict] = moved[..] else {
+        panic!("{name}: counters moved: {moved:?}");
+    };
+    (code, verdict)
+}
+
+#[test]
+fn the_gate_follows_state_lease_and_approval() {
+    use GateVerdict::{Closed, Held, Other, Passed};
+    in_namespace(|| {
+        let mut programs = load();
+        let approvals = programs.approvals().unwrap();
+        let later = now_ns() + 3_600_000_000_000;
+        let from_own = ethernet(
+            0x0800,
+            &ipv4(6, OWN, CLIENT, &segment(22, 1, FIN | ACK, b"")),
+        );
+        let tcp = |flags| tcp_from_vip(flags, b"");
+        let fragment = with(tcp(FIN | ACK), 20, &[0x20, 1]);
+        let total_lies = with(tcp(ACK), 16, &[0xff, 0xff]);
+        let udp = ethernet(0x0800, &ipv4(17, VIP, CLIENT, &[0, 7, 156, 64, 0, 8, 0, 0]));
+        // Name, frame, verdict while closed, while open, while open with the flow approved.
+        let table = [
+            ("data", tcp_from_vip(ACK, b"data"), Closed, Passed, Passed),
+            ("FIN", tcp(FIN | ACK), Closed, Held, Passed),
+            ("RST", tcp(RST), Closed, Held, Passed),
+            ("RST+ACK", tcp(RST | ACK), Closed, Held, Passed),
+            (
+                "FIN with data",
+                tcp_from_vip(FIN | ACK, b"bye"),
+                Closed,
+                Held,
+                Passed,
+            ),
+            (
+                "FIN behind a priority tag",
+                tagged(0, &tcp(FIN | ACK)),
+                Closed,
+                Held,
+                Passed,
+            ),
+            (
+                "RST of no service's port",
+                tcp_from_port(9999, RST, b""),
+                Closed,
+                Passed,
+                Passed,
+            ),
+            ("UDP", udp, Closed, Passed, Passed),
+            ("later fragment", fragment, Closed, Passed, Passed),
+            (
+                "ARP reply for the VIP",
+                arp(2, VIP, CLIENT, &[]),
+                Closed,
+                Passed,
+                Passed,
+            ),
+            (
+                "gratuitous ARP",
+                arp(1, VIP, VIP, &[]),
+                Closed,
+                Passed,
+                Passed,
+            ),
+            ("length that lies", total_lies, Closed, Passed, Passed),
+            ("FIN of the host itself", from_own, Other, Other, Other),
+            ("TCP to the VIP", tcp_to_vip(FIN, b""), Other, Other, Other),
+            ("heartbeat", heartbeat(), Other, Other, Other),
+            (
+                "ARP request of the host",
+                arp(1, OWN, CLIENT, &[]),
+                Other,
+                Other,
+                Other,
+            ),
+            ("IPv6", ethernet(0x86dd, &[0x60; 40]), Other, Other, Other),
+        ];
+        for (name, frame, closed, open, approved) in &table {
+            for (state, lease, approve, expected) in [
+                (State::Standby, later, true, closed),
+                (State::TakingOver, later, true, closed),
+                (State::Fenced, later, true, closed),
+                (State::Active, 0, true, closed),
+                (State::Active, now_ns() - 1, true, closed),
+                (State::Active, later, false, open),
+                (State::Active, later, true, approved),
+            ] {
+                set_state(&programs, state, lease);
+                if approve {
+                    approvals.approve(FLOW).unwrap();
+                }
+                let name = format!("{name}, {state:?}, lease {lease}, approved: {approve}");
+                let (code, verdict) = gate(&mut programs, &name, frame);
+                approvals.revoke(&FLOW).unwrap();
+                assert_eq!(verdict, *expected, "{name}");
+                let stolen = matches!(verdict, Closed | Held);
+                assert_eq!(code, if stolen { STOLEN } else { UNSPEC }, "{name}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_held_fin_is_reported_with_its_flow_and_numbers() {
+    in_namespace(|| {
+        let mut programs = load();
+        let mut held = programs.take_held().unwrap();
+        set_state(&programs, State::Active, u64::MAX);
+        gate(&mut programs, "FIN", &tcp_from_vip(FIN | ACK, b""));
+        let event = HeldEvent::parse(&held.next().unwrap()).unwrap();
+        assert_eq!(event.flow, FLOW);
+        assert_eq!((event.seq, event.ack), (1000, 2000));
+        assert_eq!(event.flags, u32::from(FIN | ACK));
+        assert!(now_ns() - event.at_ns < 1_000_000_000);
+        assert!(held.next().is_none());
+    });
+}
+
+#[test]
+fn a_new_connection_does_not_inherit_an_approval() {
+    in_namespace(|| {
+        let mut programs = load();
+        set_state(&programs, State::Active, u64::MAX);
+        let approvals = programs.approvals().unwrap();
+        approvals.approve(FLOW).unwrap();
+        let fin = tcp_from_vip(FIN | ACK, b"");
+        assert_eq!(gate(&mut programs, "FIN", &fin).1, GateVerdict::Passed);
+        assert_eq!(
+            gate(&mut programs, "FIN again", &fin).1,
+            GateVerdict::Passed
+        );
+        let syn_ack = tcp_from_vip(SYN | ACK, b"");
+        assert_eq!(
+            gate(&mut programs, "SYN-ACK", &syn_ack).1,
+            GateVerdict::Passed
+        );
+        assert_eq!(
+            gate(&mut programs, "FIN of the new one", &fin).1,
+            GateVerdict::Held
+        );
+    });
+}
