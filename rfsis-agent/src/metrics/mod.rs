@@ -1,233 +1,33 @@
 //! What is counted, and `/metrics`, `/live`, `/ready` over HTTP.
 //!
-//! A label with a fixed set of values is an enum here ([`Label`]): every series exists from the start
-//! and is updated by one atomic add. A client's address is never a label.
+//! A label with a fixed set of values is an enum ([`Label`]): every series exists from the start and is
+//! updated by one atomic add. A client's address is never a label.
+
+mod http;
+mod label;
+#[cfg(test)]
+mod tests;
 
 use std::marker::PhantomData;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
-use axum::routing::get;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
 };
 use rfsis_common::maps::State;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
-use crate::control::XdpMode;
-
-/// Scrapers served at a time; others wait in the backlog.
-const MAX_CONNECTIONS: usize = 64;
-/// A client has this long for its request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A client has this long for request and answer together.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of a request that are buffered: hyper's least.
-const REQUEST_BUFFER: usize = 8192;
-/// Pause after an accept error that will not go away by itself, such as EMFILE.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub use http::{BindError, Readiness, bind, serve};
+pub use label::{
+    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label, Mode,
+    ResetReason, Ring,
+};
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
 const TAKEOVER_BUCKETS: [f64; 14] = [
     50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1.0,
 ];
-
-/// Values of a label, known when the program is built.
-pub trait Label: Copy + 'static {
-    /// All values; the position of each is its [`Label::index`].
-    const ALL: &'static [Self];
-    /// Position in [`Label::ALL`].
-    fn index(self) -> usize;
-    /// The text of the label.
-    fn as_str(self) -> &'static str;
-}
-
-/// An enum that is a [`Label`], from its variants and their texts.
-macro_rules! label {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$variant_doc])* $variant),+ }
-
-        impl Label for $name {
-            const ALL: &'static [Self] = &[$($name::$variant),+];
-            fn index(self) -> usize { self as usize }
-            fn as_str(self) -> &'static str {
-                match self { $($name::$variant => $text),+ }
-            }
-        }
-    };
-}
-
-label! {
-    /// What became of a heartbeat that was to be sent.
-    HeartbeatSent {
-        /// On the wire.
-        Ok = "ok",
-        /// The system refused.
-        SendFailed = "send_failed",
-    }
-}
-
-label! {
-    /// What a heartbeat that came in was.
-    HeartbeatReceived {
-        /// Authentic and new.
-        Ok = "ok",
-        /// Its MAC is wrong.
-        BadMac = "bad_mac",
-        /// Not newer than one already seen.
-        Stale = "stale",
-        /// Of another cluster.
-        WrongCluster = "wrong_cluster",
-        /// Ends before its trailer does.
-        Truncated = "truncated",
-        /// Contradicts itself or the layout.
-        Malformed = "malformed",
-        /// Carries this node's own id.
-        OwnId = "own_id",
-        /// Of a node that the config does not name.
-        UnknownNode = "unknown_node",
-        /// Of a session that has not yet shown to be alive.
-        Unproven = "unproven",
-        /// Found its ring full.
-        Lost = "lost",
-    }
-}
-
-label! {
-    /// The condition of a flow.
-    FlowCondition {
-        /// Not established yet.
-        Handshake = "handshake",
-        /// The shadow holds all that the active acknowledged.
-        Lockstep = "lockstep",
-        /// The shadow lacks bytes.
-        Lagging = "lagging",
-        /// The shadow's bytes differ from what the active sent.
-        Diverged = "diverged",
-        /// Without a shadow.
-        Unprotected = "unprotected",
-        /// Carried by the shadow since a takeover.
-        Live = "live",
-    }
-}
-
-label! {
-    /// Why a flow was reset.
-    ResetReason {
-        /// The shadow lacked bytes.
-        Lagging = "lagging",
-        /// The shadow's bytes differed.
-        Diverged = "diverged",
-        /// There was no shadow.
-        Unprotected = "unprotected",
-        /// Its handler's output cannot be computed on two nodes.
-        Unpredictable = "unpredictable",
-    }
-}
-
-label! {
-    /// What a mirrored frame was, to the shadows.
-    FrameResult {
-        /// Fed to its shadow.
-        Ok = "ok",
-        /// A checksum is wrong.
-        BadChecksum = "bad_checksum",
-        /// Contradicts itself.
-        Malformed = "malformed",
-        /// Not TCP.
-        NotTcp = "not_tcp",
-        /// From the VIP, but not from the active node.
-        Foreign = "foreign",
-        /// Of a flow that has no shadow.
-        UnknownFlow = "unknown_flow",
-        /// The active's own output.
-        FromActive = "from_active",
-        /// To a port that no service has.
-        Outside = "outside",
-    }
-}
-
-label! {
-    /// A ring between kernel and agent.
-    Ring {
-        /// Mirrored frames.
-        Frames = "frames",
-        /// Heartbeats.
-        Heartbeats = "heartbeats",
-    }
-}
-
-label! {
-    /// What became of a UDP datagram.
-    DatagramResult {
-        /// The handler's answer was sent.
-        Answered = "answered",
-        /// There was no answer, or it could not be sent.
-        Ignored = "ignored",
-        /// Came from where an answer would only be answered again.
-        Loop = "loop",
-    }
-}
-
-label! {
-    /// How the XDP program is attached.
-    Mode {
-        /// In the driver.
-        Native = "native",
-        /// In the network stack.
-        Generic = "generic",
-    }
-}
-
-impl From<XdpMode> for Mode {
-    fn from(mode: XdpMode) -> Self {
-        match mode {
-            XdpMode::Native => Mode::Native,
-            XdpMode::Generic => Mode::Generic,
-        }
-    }
-}
-
-impl Label for State {
-    const ALL: &'static [Self] = &State::ALL;
-    fn index(self) -> usize {
-        self as usize
-    }
-    fn as_str(self) -> &'static str {
-        self.as_str()
-    }
-}
-
-impl Label for XdpVerdict {
-    const ALL: &'static [Self] = &XdpVerdict::ALL;
-    fn index(self) -> usize {
-        self as usize
-    }
-    fn as_str(self) -> &'static str {
-        self.as_str()
-    }
-}
-
-impl Label for GateVerdict {
-    const ALL: &'static [Self] = &GateVerdict::ALL;
-    fn index(self) -> usize {
-        self as usize
-    }
-    fn as_str(self) -> &'static str {
-        self.as_str()
-    }
-}
 
 /// One counter for each value of a label.
 #[derive(Clone, Debug)]
@@ -336,6 +136,7 @@ pub struct Metrics {
     /// `rfsis_held_released_total`.
     pub held_released: IntCounter,
     connections: IntCounterVec,
+    accept_errors: IntCounterVec,
     datagrams: IntCounterVec,
 }
 
@@ -436,6 +237,11 @@ impl Metrics {
                 "TCP connections accepted by the kernel.",
                 &["service"],
             )?,
+            accept_errors: family.counters(
+                "rfsis_accept_errors_total",
+                "TCP connections that the kernel could not hand over.",
+                &["service"],
+            )?,
             datagrams: family.counters(
                 "rfsis_datagrams_total",
                 "UDP datagrams by what became of them.",
@@ -449,6 +255,11 @@ impl Metrics {
     /// `rfsis_connections_total` of one service of the config.
     pub fn connections(&self, service: &str) -> IntCounter {
         self.connections.with_label_values(&[service])
+    }
+
+    /// `rfsis_accept_errors_total` of one service of the config.
+    pub fn accept_errors(&self, service: &str) -> IntCounter {
+        self.accept_errors.with_label_values(&[service])
     }
 
     /// `rfsis_datagrams_total` of one service of the config.
@@ -535,89 +346,3 @@ impl Families {
 
 /// Reads what is kept elsewhere, such as the kernel's counters, at each scrape; never twice at a time.
 pub type ScrapeHook = Arc<dyn Fn(&Metrics) + Send + Sync>;
-
-/// Whether the node is ready: programs attached and peer heard; else the reason, for a person.
-pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
-
-/// The address of `metrics.listen` cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[error("metrics.listen {address}: {source}; free the address or change `metrics: {{ listen }}`")]
-pub struct BindError {
-    /// What was asked for.
-    pub address: SocketAddr,
-    /// What the system said.
-    pub source: std::io::Error,
-}
-
-/// Listens on the address of `metrics.listen`.
-///
-/// # Errors
-/// [`BindError`] when the address is taken, not this host's, or not permitted.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, BindError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| BindError { address, source })
-}
-
-/// Serves `/metrics`, `/live` and `/ready` until cancelled. One request a connection, so that no
-/// client can keep its place.
-pub async fn serve(
-    listener: TcpListener,
-    metrics: Arc<Metrics>,
-    hook: ScrapeHook,
-    ready: Readiness,
-    cancel: CancellationToken,
-) {
-    let router = axum::Router::new()
-        .route("/metrics", get(move || answer_metrics(metrics, hook)))
-        .route("/live", get(|| async { "live\n" }))
-        .route("/ready", get(move || answer_ready(ready)));
-    cancel
-        .clone()
-        .run_until_cancelled(accept(&listener, router, &cancel))
-        .await;
-}
-
-async fn answer_metrics(metrics: Arc<Metrics>, hook: ScrapeHook) -> impl IntoResponse {
-    match metrics.scrape(&hook) {
-        Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
-}
-
-async fn answer_ready(ready: Readiness) -> impl IntoResponse {
-    match ready() {
-        Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
-        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
-    }
-}
-
-async fn accept(listener: &TcpListener, router: axum::Router, cancel: &CancellationToken) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "metrics: cannot accept");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let connection = hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
-            .keep_alive(false)
-            .max_buf_size(REQUEST_BUFFER)
-            .serve_connection(
-                TokioIo::new(stream),
-                TowerToHyperService::new(router.clone()),
-            );
-        let cancel = cancel.clone();
-        tokio::spawn(async move {
-            cancel
-                .run_until_cancelled(tokio::time::timeout(CONNECTION_TIMEOUT, connection))
-                .await;
-            drop(place);
-        });
-    }
-}
