@@ -1,8 +1,53 @@
 //! The operator's YAML file, validated.
+//!
+//! [`yaml`] gives a tree of nodes that know their lines, `read` walks it and collects every error,
+//! [`fields`] turns one scalar into one value.
 
+mod error;
+mod fields;
+mod read;
+#[cfg(test)]
+mod tests;
+mod yaml;
+
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use error::{ConfigError, ConfigErrors};
+
+/// Most bytes of a config file. A real one has a few hundred lines at the most.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Reads and validates a config file.
+///
+/// # Errors
+/// All errors of the file, in the order of its lines; a file that cannot be read is one error.
+pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
+    let text = fields::read_bounded(path, MAX_FILE_BYTES)
+        .map_err(|error| error.to_string())
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|error| error.to_string()));
+    match text {
+        Ok(text) => parse(&text, path),
+        Err(found) => Err(ConfigErrors(vec![ConfigError {
+            file: path.to_owned(),
+            line: None,
+            field: String::new(),
+            found,
+            expected: "a readable YAML file in UTF-8 (name it with --config)".into(),
+        }])),
+    }
+}
+
+/// Validates the text of a config file. `file` names it in errors, and a relative `key_file` is
+/// looked for beside it.
+///
+/// # Errors
+/// All errors of the text, in the order of its lines. A syntax error is reported alone.
+pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigErrors> {
+    read::config(text, file)
+}
 
 /// A whole, valid configuration. The same file serves both nodes.
 #[derive(Clone, Debug)]
@@ -13,7 +58,7 @@ pub struct Config {
     pub interface: String,
     /// The virtual IP.
     pub virtual_ip: Ipv4Addr,
-    /// Prefix length of the VIP's subnet, 1–32.
+    /// Prefix length of the VIP's subnet, 1–30: the VIP and both nodes must fit.
     pub prefix_len: u8,
     /// Own addresses of the two nodes, distinct, inside the VIP's subnet, not the VIP.
     pub nodes: [Ipv4Addr; 2],
@@ -31,12 +76,31 @@ pub struct Config {
     pub control: PathBuf,
 }
 
+/// In one line, what the operator would want to check again.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "cluster {}, virtual IP {}/{} on {}, nodes {} and {}, takeover after {}, {} service{}",
+            self.cluster,
+            self.virtual_ip,
+            self.prefix_len,
+            self.interface,
+            self.nodes[0],
+            self.nodes[1],
+            humantime::format_duration(self.heartbeat.takeover_time()),
+            self.services.len(),
+            if self.services.len() == 1 { "" } else { "s" },
+        )
+    }
+}
+
 /// At least 32 bytes. Never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey(pub Vec<u8>);
 
-impl std::fmt::Debug for ClusterKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for ClusterKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ClusterKey({} bytes)", self.0.len())
     }
 }
@@ -50,7 +114,8 @@ pub struct HeartbeatConfig {
     pub missed: u32,
     /// How long after each heartbeat sent the gate stays open; default `interval × (missed - 0.5)`.
     pub lease: Duration,
-    /// How long a backup that hears nobody waits before it becomes active; default 3 s.
+    /// How long a backup that hears nobody waits before it becomes active, at least the takeover
+    /// time; default 3 s, or the takeover time where that is longer.
     pub startup_grace: Duration,
 }
 
@@ -94,4 +159,14 @@ pub enum Protocol {
     Tcp,
     /// `udp/PORT`
     Udp,
+}
+
+impl Protocol {
+    /// The word used in the config.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
 }

@@ -1,0 +1,194 @@
+//! Labels with a fixed set of values.
+
+use rfsis_common::maps::State;
+use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+
+use crate::control::XdpMode;
+
+/// Values of a label, known when the program is built.
+pub trait Label: Copy + 'static {
+    /// All values; the position of each is its [`Label::index`].
+    const ALL: &'static [Self];
+    /// Position in [`Label::ALL`].
+    fn index(self) -> usize;
+    /// The text of the label.
+    fn as_str(self) -> &'static str;
+}
+
+/// An enum that is a [`Label`], from its variants and their texts.
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$variant_doc])* $variant),+ }
+
+        impl Label for $name {
+            const ALL: &'static [Self] = &[$($name::$variant),+];
+            fn index(self) -> usize { self as usize }
+            fn as_str(self) -> &'static str {
+                match self { $($name::$variant => $text),+ }
+            }
+        }
+    };
+}
+
+label! {
+    /// What became of a heartbeat that was to be sent.
+    HeartbeatSent {
+        /// On the wire.
+        Ok = "ok",
+        /// The system refused.
+        SendFailed = "send_failed",
+    }
+}
+
+label! {
+    /// What a heartbeat that came in was.
+    HeartbeatReceived {
+        /// Authentic and new.
+        Ok = "ok",
+        /// Its MAC is wrong.
+        BadMac = "bad_mac",
+        /// Not newer than one already seen.
+        Stale = "stale",
+        /// Of another cluster.
+        WrongCluster = "wrong_cluster",
+        /// Ends before its trailer does.
+        Truncated = "truncated",
+        /// Contradicts itself or the layout.
+        Malformed = "malformed",
+        /// Carries this node's own id.
+        OwnId = "own_id",
+        /// Of a node that the config does not name.
+        UnknownNode = "unknown_node",
+        /// Of a session that has not yet shown to be alive.
+        Unproven = "unproven",
+        /// Found its ring full.
+        Lost = "lost",
+    }
+}
+
+label! {
+    /// The condition of a flow.
+    FlowCondition {
+        /// Not established yet.
+        Handshake = "handshake",
+        /// The shadow holds all that the active acknowledged.
+        Lockstep = "lockstep",
+        /// The shadow lacks bytes.
+        Lagging = "lagging",
+        /// The shadow's bytes differ from what the active sent.
+        Diverged = "diverged",
+        /// Without a shadow.
+        Unprotected = "unprotected",
+        /// Carried by the shadow since a takeover.
+        Live = "live",
+    }
+}
+
+label! {
+    /// Why a flow was reset.
+    ResetReason {
+        /// The shadow lacked bytes.
+        Lagging = "lagging",
+        /// The shadow's bytes differed.
+        Diverged = "diverged",
+        /// There was no shadow.
+        Unprotected = "unprotected",
+        /// Its handler's output cannot be computed on two nodes.
+        Unpredictable = "unpredictable",
+    }
+}
+
+label! {
+    /// What a mirrored frame was, to the shadows.
+    FrameResult {
+        /// Fed to its shadow.
+        Ok = "ok",
+        /// A checksum is wrong.
+        BadChecksum = "bad_checksum",
+        /// Contradicts itself.
+        Malformed = "malformed",
+        /// Not TCP.
+        NotTcp = "not_tcp",
+        /// From the VIP, but not from the active node.
+        Foreign = "foreign",
+        /// Of a flow that has no shadow.
+        UnknownFlow = "unknown_flow",
+        /// The active's own output.
+        FromActive = "from_active",
+        /// To a port that no service has.
+        Outside = "outside",
+    }
+}
+
+label! {
+    /// A ring between kernel and agent.
+    Ring {
+        /// Mirrored frames.
+        Frames = "frames",
+        /// Heartbeats.
+        Heartbeats = "heartbeats",
+    }
+}
+
+label! {
+    /// What became of a UDP datagram.
+    DatagramResult {
+        /// The handler's answer was sent.
+        Answered = "answered",
+        /// There was no answer, or it could not be sent.
+        Ignored = "ignored",
+        /// Came from where an answer would only be answered again.
+        Loop = "loop",
+    }
+}
+
+label! {
+    /// How the XDP program is attached.
+    Mode {
+        /// In the driver.
+        Native = "native",
+        /// In the network stack.
+        Generic = "generic",
+    }
+}
+
+impl From<XdpMode> for Mode {
+    fn from(mode: XdpMode) -> Self {
+        match mode {
+            XdpMode::Native => Mode::Native,
+            XdpMode::Generic => Mode::Generic,
+        }
+    }
+}
+
+impl Label for State {
+    const ALL: &'static [Self] = &State::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+impl Label for XdpVerdict {
+    const ALL: &'static [Self] = &XdpVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+impl Label for GateVerdict {
+    const ALL: &'static [Self] = &GateVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}

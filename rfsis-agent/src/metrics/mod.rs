@@ -1,0 +1,348 @@
+//! What is counted, and `/metrics`, `/live`, `/ready` over HTTP.
+//!
+//! A label with a fixed set of values is an enum ([`Label`]): every series exists from the start and is
+//! updated by one atomic add. A client's address is never a label.
+
+mod http;
+mod label;
+#[cfg(test)]
+mod tests;
+
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
+};
+use rfsis_common::maps::State;
+use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+
+pub use http::{BindError, Readiness, bind, serve};
+pub use label::{
+    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label, Mode,
+    ResetReason, Ring,
+};
+
+/// Bounds of `rfsis_takeover_duration_seconds`, seconds.
+const TAKEOVER_BUCKETS: [f64; 14] = [
+    50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1.0,
+];
+
+/// One counter for each value of a label.
+#[derive(Clone, Debug)]
+pub struct Counters<L> {
+    children: Vec<IntCounter>,
+    label: PhantomData<fn(L)>,
+}
+
+impl<L: Label> Counters<L> {
+    fn new(child: impl Fn(&str) -> IntCounter) -> Self {
+        Self {
+            children: L::ALL.iter().map(|value| child(value.as_str())).collect(),
+            label: PhantomData,
+        }
+    }
+
+    /// Counts one.
+    pub fn inc(&self, value: L) {
+        self.add(value, 1);
+    }
+
+    /// Counts several.
+    pub fn add(&self, value: L, count: u64) {
+        self.children[value.index()].inc_by(count);
+    }
+
+    /// The count so far.
+    pub fn get(&self, value: L) -> u64 {
+        self.children[value.index()].get()
+    }
+
+    /// Follows a counter that is kept elsewhere (in the kernel). Never goes back, so that programs
+    /// loaded anew do not look like negative traffic. One caller at a time: meant for the
+    /// [`ScrapeHook`].
+    pub fn raise_to(&self, value: L, total: u64) {
+        self.add(value, total.saturating_sub(self.get(value)));
+    }
+}
+
+/// One gauge for each value of a label.
+#[derive(Clone, Debug)]
+pub struct Gauges<L> {
+    children: Vec<Gauge>,
+    label: PhantomData<fn(L)>,
+}
+
+impl<L: Label + PartialEq> Gauges<L> {
+    /// Sets one.
+    pub fn set(&self, value: L, number: f64) {
+        self.children[value.index()].set(number);
+    }
+
+    /// The number as set last.
+    pub fn get(&self, value: L) -> f64 {
+        self.children[value.index()].get()
+    }
+
+    /// Sets one to 1 and the others to 0.
+    pub fn choose(&self, chosen: L) {
+        for value in L::ALL {
+            self.set(*value, f64::from(u8::from(*value == chosen)));
+        }
+    }
+}
+
+/// All metrics of the agent, cheap to update from any thread.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Two scrapes at a time would both add the same kernel counts.
+    scrape: Mutex<()>,
+    /// `rfsis_state{state}`, 0 or 1.
+    pub state: Gauges<State>,
+    /// `rfsis_epoch`.
+    pub epoch: IntGauge,
+    /// `rfsis_failovers_total{reason}`; reasons are a fixed few words.
+    pub failovers: IntCounterVec,
+    /// `rfsis_takeover_duration_seconds`.
+    pub takeover_duration: Histogram,
+    /// `rfsis_heartbeat_age_seconds`, set by the scrape hook.
+    pub heartbeat_age: Gauge,
+    /// `rfsis_heartbeats_total{direction="sent"}`.
+    pub heartbeats_sent: Counters<HeartbeatSent>,
+    /// `rfsis_heartbeats_total{direction="received"}`.
+    pub heartbeats_received: Counters<HeartbeatReceived>,
+    /// `rfsis_flows{condition}`.
+    pub flows: Gauges<FlowCondition>,
+    /// `rfsis_flows_refused_total`.
+    pub flows_refused: IntCounter,
+    /// `rfsis_flow_resets_total{reason}`.
+    pub flow_resets: Counters<ResetReason>,
+    /// `rfsis_shadow_lag_bytes`.
+    pub shadow_lag: IntGauge,
+    /// `rfsis_shadow_bytes`.
+    pub shadow_bytes: IntGauge,
+    /// `rfsis_frames_total{result}`.
+    pub frames: Counters<FrameResult>,
+    /// `rfsis_xdp_packets_total{verdict}`, set by the scrape hook.
+    pub xdp_packets: Counters<XdpVerdict>,
+    /// `rfsis_ring_dropped_total{ring}`, set by the scrape hook.
+    pub ring_dropped: Counters<Ring>,
+    /// `rfsis_gate_packets_total{verdict}`, set by the scrape hook.
+    pub gate_packets: Counters<GateVerdict>,
+    /// `rfsis_xdp_mode{mode}`, 0 or 1.
+    pub xdp_mode: Gauges<Mode>,
+    /// `rfsis_held_released_total`.
+    pub held_released: IntCounter,
+    connections: IntCounterVec,
+    accept_errors: IntCounterVec,
+    datagrams: IntCounterVec,
+}
+
+impl Metrics {
+    /// All metrics at zero, in a registry of their own. `version` is that of the agent.
+    ///
+    /// # Errors
+    /// None in practice: `prometheus` refuses bad or repeated names, and these are constants.
+    pub fn new(version: &str) -> prometheus::Result<Metrics> {
+        let family = Families {
+            registry: Registry::new(),
+        };
+        let build_info = family.gauges("rfsis_build_info", "Version of the agent.", "version")?;
+        build_info.with_label_values(&[version]).set(1.0);
+        let heartbeats = family.counters(
+            "rfsis_heartbeats_total",
+            "Heartbeats by direction and result.",
+            &["direction", "result"],
+        )?;
+        Ok(Metrics {
+            state: family.labelled_gauges(
+                "rfsis_state",
+                "1 for what the node is now, 0 for the rest.",
+                "state",
+            )?,
+            epoch: family.integer("rfsis_epoch", "Number that grows with each takeover.")?,
+            failovers: family.counters(
+                "rfsis_failovers_total",
+                "Takeovers by this node.",
+                &["reason"],
+            )?,
+            takeover_duration: family.register(Histogram::with_opts(
+                HistogramOpts::new(
+                    "rfsis_takeover_duration_seconds",
+                    "From the deadline noticed to the first frame from the VIP.",
+                )
+                .buckets(TAKEOVER_BUCKETS.to_vec()),
+            )?)?,
+            heartbeat_age: family.register(Gauge::new(
+                "rfsis_heartbeat_age_seconds",
+                "Since the peer's last authentic heartbeat arrived.",
+            )?)?,
+            heartbeats_sent: Counters::new(|result| {
+                heartbeats.with_label_values(&["sent", result])
+            }),
+            heartbeats_received: Counters::new(|result| {
+                heartbeats.with_label_values(&["received", result])
+            }),
+            flows: family.labelled_gauges("rfsis_flows", "Flows by condition.", "condition")?,
+            flows_refused: family.counter(
+                "rfsis_flows_refused_total",
+                "New flows left unprotected at a bound.",
+            )?,
+            flow_resets: family.labelled_counters(
+                "rfsis_flow_resets_total",
+                "Flows reset at a takeover.",
+                "reason",
+            )?,
+            shadow_lag: family.integer(
+                "rfsis_shadow_lag_bytes",
+                "Bytes that the active acknowledged and the shadows lack.",
+            )?,
+            shadow_bytes: family.integer(
+                "rfsis_shadow_bytes",
+                "Bytes queued in all shadows together.",
+            )?,
+            frames: family.labelled_counters(
+                "rfsis_frames_total",
+                "Mirrored frames by what they were to the shadows.",
+                "result",
+            )?,
+            xdp_packets: family.labelled_counters(
+                "rfsis_xdp_packets_total",
+                "Frames by verdict of the XDP program.",
+                "verdict",
+            )?,
+            ring_dropped: family.labelled_counters(
+                "rfsis_ring_dropped_total",
+                "Entries lost to a full ring.",
+                "ring",
+            )?,
+            gate_packets: family.labelled_counters(
+                "rfsis_gate_packets_total",
+                "Packets by verdict of the gate.",
+                "verdict",
+            )?,
+            xdp_mode: family.labelled_gauges(
+                "rfsis_xdp_mode",
+                "1 for how the XDP program is attached.",
+                "mode",
+            )?,
+            held_released: family.counter(
+                "rfsis_held_released_total",
+                "Held FIN and RST that were approved later.",
+            )?,
+            connections: family.counters(
+                "rfsis_connections_total",
+                "TCP connections accepted by the kernel.",
+                &["service"],
+            )?,
+            accept_errors: family.counters(
+                "rfsis_accept_errors_total",
+                "TCP connections that the kernel could not hand over.",
+                &["service"],
+            )?,
+            datagrams: family.counters(
+                "rfsis_datagrams_total",
+                "UDP datagrams by what became of them.",
+                &["service", "result"],
+            )?,
+            registry: family.registry,
+            scrape: Mutex::new(()),
+        })
+    }
+
+    /// `rfsis_connections_total` of one service of the config.
+    pub fn connections(&self, service: &str) -> IntCounter {
+        self.connections.with_label_values(&[service])
+    }
+
+    /// `rfsis_accept_errors_total` of one service of the config.
+    pub fn accept_errors(&self, service: &str) -> IntCounter {
+        self.accept_errors.with_label_values(&[service])
+    }
+
+    /// `rfsis_datagrams_total` of one service of the config.
+    pub fn datagrams(&self, service: &str) -> Counters<DatagramResult> {
+        Counters::new(|result| self.datagrams.with_label_values(&[service, result]))
+    }
+
+    /// Calls the hook, then prints everything in the Prometheus text format.
+    ///
+    /// # Errors
+    /// As the encoder's: none in practice.
+    pub fn scrape(&self, hook: &ScrapeHook) -> prometheus::Result<Vec<u8>> {
+        // The guard protects no data, so a panic of another scrape leaves nothing half-done.
+        let one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        hook(self);
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        drop(one_at_a_time);
+        Ok(text)
+    }
+}
+
+/// Makes and registers families.
+struct Families {
+    registry: Registry,
+}
+
+impl Families {
+    fn register<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        collector: C,
+    ) -> prometheus::Result<C> {
+        self.registry.register(Box::new(collector.clone()))?;
+        Ok(collector)
+    }
+
+    fn integer(&self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
+        self.register(IntGauge::new(name, help)?)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+        self.register(IntCounter::new(name, help)?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> prometheus::Result<IntCounterVec> {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauges(&self, name: &str, help: &str, label: &str) -> prometheus::Result<GaugeVec> {
+        self.register(GaugeVec::new(Opts::new(name, help), &[label])?)
+    }
+
+    fn labelled_counters<L: Label>(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> prometheus::Result<Counters<L>> {
+        let family = self.counters(name, help, &[label])?;
+        Ok(Counters::new(|value| family.with_label_values(&[value])))
+    }
+
+    fn labelled_gauges<L: Label>(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> prometheus::Result<Gauges<L>> {
+        let family = self.gauges(name, help, label)?;
+        Ok(Gauges {
+            children: L::ALL
+                .iter()
+                .map(|value| family.with_label_values(&[value.as_str()]))
+                .collect(),
+            label: PhantomData,
+        })
+    }
+}
+
+/// Reads what is kept elsewhere, such as the kernel's counters, at each scrape; never twice at a time.
+pub type ScrapeHook = Arc<dyn Fn(&Metrics) + Send + Sync>;

@@ -1,0 +1,245 @@
+//! One TCP connection: a handler between two bounded buffers.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rfsis_common::maps::FlowKey;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::TcpStream;
+use tokio::task::coop::consume_budget;
+
+use super::{Epoch, FlowGate};
+use crate::handler::StreamHandler;
+
+/// Most bytes of the client that wait for the handler, and of the handler that wait for the client.
+const BUFFER_LIMIT: usize = 64 * 1024;
+/// What a buffer begins with, bytes.
+const BUFFER_FIRST: usize = 4 * 1024;
+/// After the answer is complete a client may be silent for this long before it is cut.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A connection in the epoch in which it was accepted.
+pub(super) struct Connection {
+    pub stream: TcpStream,
+    pub flow: FlowKey,
+    pub gate: Arc<dyn FlowGate>,
+}
+
+impl Connection {
+    /// Serves until both sides are done, something fails, or the epoch ends.
+    pub(super) async fn serve(mut self, mut handler: Box<dyn StreamHandler>, epoch: Epoch) {
+        tokio::select! {
+            biased;
+            () = epoch.ended() => abort(&self.stream),
+            () = self.converse(&mut *handler) => {}
+        }
+    }
+
+    async fn converse(&mut self, handler: &mut dyn StreamHandler) {
+        let outcome = exchange(&self.stream, handler).await;
+        // All that follows may send a FIN or RST: the half-close, and the drop that closes.
+        if let Err(error) = self.gate.approve(self.flow) {
+            tracing::warn!(flow = ?self.flow, %error, "cannot approve the end of a connection");
+        }
+        let outcome = match outcome {
+            Ok(()) => self.half_close_and_drain().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(flow = ?self.flow, %error, "connection ended early");
+        }
+    }
+
+    /// Closing with the client's bytes unread would reset the connection (RFC 2525 section 2.17)
+    /// and could destroy the end of the answer on its way.
+    async fn half_close_and_drain(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await?;
+        let mut waste = vec![0; BUFFER_FIRST];
+        loop {
+            let read = tokio::time::timeout(DRAIN_TIMEOUT, self.stream.read(&mut waste)).await;
+            match read {
+                Ok(Ok(0)) => return Ok(()),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(elapsed) => return Err(elapsed.into()),
+            }
+        }
+    }
+}
+
+/// Makes the drop of the socket an abort (RFC 9293 section 3.10.5): an RST, nothing retransmitted.
+/// Nobody approved it, so the gate keeps it from the client.
+pub(super) fn abort(stream: &TcpStream) {
+    if let Err(error) = stream.set_zero_linger() {
+        tracing::warn!(%error, "a stale connection ends by FIN, not by RST");
+    }
+}
+
+/// Runs the handler until it has finished and all it wrote is with the kernel.
+async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Result<()> {
+    let mut input = Buffer::default();
+    let mut output = Buffer::default();
+    let mut eof = false;
+    let mut finished = false;
+    loop {
+        // A fast client could otherwise keep the worker to itself.
+        consume_budget().await;
+        let mut moved = false;
+        while !eof && !finished && !input.is_full() {
+            match stream.try_read(input.room()) {
+                Ok(0) => {
+                    eof = true;
+                    moved = true;
+                }
+                Ok(count) => {
+                    input.fill(count);
+                    moved = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        while !finished {
+            let progress = handler.advance(input.bytes(), eof, output.room());
+            input.consume(progress.consumed);
+            output.fill(progress.produced);
+            finished = progress.finished;
+            if progress.consumed == 0 && progress.produced == 0 {
+                break;
+            }
+            moved = true;
+        }
+        while !output.is_empty() {
+            match stream.try_write(output.bytes()) {
+                Ok(count) => {
+                    output.consume(count);
+                    moved = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if finished && output.is_empty() {
+            return Ok(());
+        }
+        if !moved {
+            input.release();
+            output.release();
+            let read = (!eof && !finished && !input.is_full()).then_some(Interest::READABLE);
+            let write = (!output.is_empty()).then_some(Interest::WRITABLE);
+            let interest = match (read, write) {
+                (Some(read), Some(write)) => read | write,
+                (Some(one), None) | (None, Some(one)) => one,
+                (None, None) => return Err(io::Error::other("the handler waits for nothing")),
+            };
+            stream.ready(interest).await?;
+        }
+    }
+}
+
+/// Bytes in order, at most [`BUFFER_LIMIT`]; without memory while it is empty and released.
+#[derive(Default)]
+struct Buffer {
+    data: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Buffer {
+    fn bytes(&self) -> &[u8] {
+        &self.data[self.start..self.end]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    fn is_full(&self) -> bool {
+        self.end - self.start == BUFFER_LIMIT
+    }
+
+    /// Free space behind the bytes; empty only when the buffer is full.
+    fn room(&mut self) -> &mut [u8] {
+        if self.end == self.data.len() && self.start > 0 {
+            self.data.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        if self.end == self.data.len() && self.data.len() < BUFFER_LIMIT {
+            let larger = (self.data.len() * 2).max(BUFFER_FIRST);
+            self.data.resize(larger, 0);
+        }
+        &mut self.data[self.end..]
+    }
+
+    /// `count` bytes of the room were written.
+    fn fill(&mut self, count: usize) {
+        self.end += count;
+        debug_assert!(self.end <= self.data.len());
+    }
+
+    /// `count` bytes at the front are done with.
+    fn consume(&mut self, count: usize) {
+        self.start += count;
+        debug_assert!(self.start <= self.end);
+        if self.is_empty() {
+            self.start = 0;
+            self.end = 0;
+        }
+    }
+
+    /// Gives the memory back if nothing is in it, so that an idle connection costs none.
+    fn release(&mut self) {
+        if self.is_empty() {
+            *self = Buffer::default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    proptest::proptest! {
+        #[test]
+        fn buffer_keeps_every_byte_in_order(
+            steps in proptest::collection::vec((proptest::bool::ANY, 0usize..40_000), 1..60),
+        ) {
+            let mut buffer = Buffer::default();
+            let mut model = VecDeque::new();
+            let mut next = 0u8;
+            for (fills, size) in steps {
+                if fills {
+                    let room = buffer.room();
+                    let count = size.min(room.len());
+                    for byte in &mut room[..count] {
+                        *byte = next;
+                        model.push_back(next);
+                        next = next.wrapping_add(1);
+                    }
+                    buffer.fill(count);
+                } else {
+                    let count = size.min(model.len());
+                    buffer.consume(count);
+                    model.drain(..count);
+                    buffer.release();
+                }
+                proptest::prop_assert!(model.iter().eq(buffer.bytes()));
+                proptest::prop_assert!(model.len() <= BUFFER_LIMIT);
+                proptest::prop_assert_eq!(buffer.room().is_empty(), buffer.is_full());
+            }
+        }
+
+        #[test]
+        fn an_empty_buffer_holds_no_memory_after_release(size in 1usize..BUFFER_LIMIT) {
+            let mut buffer = Buffer::default();
+            let count = size.min(buffer.room().len());
+            buffer.fill(count);
+            buffer.consume(count);
+            buffer.release();
+            proptest::prop_assert_eq!(buffer.data.capacity(), 0);
+        }
+    }
+}
