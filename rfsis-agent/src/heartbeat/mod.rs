@@ -9,7 +9,7 @@ pub mod session;
 use std::net::Ipv4Addr;
 
 use hmac::{Hmac, Mac};
-use rfsis_common::heartbeat::{ARP_LEN, ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC, VERSION};
+use rfsis_common::heartbeat::{ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC, VERSION};
 use rfsis_common::maps::State;
 use sha2::{Digest, Sha256};
 
@@ -28,8 +28,7 @@ pub const BROADCAST: MacAddr = [0xff; 6];
 const ARP_REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
 
-/// Bytes from the start of the frame to the trailer, and to the MAC that ends it.
-const TRAILER: usize = ETHERNET_LEN + ARP_LEN;
+/// Bytes from the start of the frame to the MAC that ends it.
 const MAC_OFFSET: usize = FRAME_LEN - MAC_LEN;
 
 /// The last heartbeat of the peer that its sender had seen.
@@ -334,8 +333,11 @@ impl Reader<'_> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rfsis_common::heartbeat::ARP_LEN;
 
     use super::*;
+
+    const TRAILER: usize = ETHERNET_LEN + ARP_LEN;
 
     const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
     const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);

@@ -6,7 +6,10 @@
 //! - within the *established* session its sequence must grow;
 //! - a new session becomes established only with a heartbeat that echoes *our* session and one of
 //!   the last few sequences that we sent: its sender has heard us moments ago. Our session is
-//!   random, so nothing recorded before our start can do that.
+//!   random, so nothing recorded before our start can do that;
+//! - and that sequence must be beyond all that were echoed to us before: whoever echoes more of us
+//!   lived longer. So an ended session, which stopped listening before the present one proved
+//!   itself, cannot come back, neither by replay nor by a heartbeat that was late on the wire.
 //!
 //! What we echo is the other half. While a session is established, it and nothing else is echoed,
 //! so a replay cannot take its place: a peer that restarted needs no echo to be proven here, it
@@ -23,8 +26,6 @@ use super::{Echo, Heartbeat, Nanos};
 
 /// Unproven sessions that are remembered at once.
 pub const CANDIDATES: usize = 16;
-/// Sessions of the peer that are over and are remembered.
-pub const RETIRED: usize = 16;
 
 /// An echo is recent within this time, or within [`MIN_WINDOW`] heartbeats.
 const WINDOW_NS: Nanos = 2_000_000_000;
@@ -55,11 +56,8 @@ pub enum Refusal {
     /// Its sequence is not beyond the last one of its session: a duplicate or a replay.
     #[error("heartbeat seen before, or older than one seen before")]
     Stale,
-    /// Its session is over: a replay.
-    #[error("heartbeat of a session that the peer has ended")]
-    Retired,
-    /// A session that has not yet shown that it hears us.
-    #[error("heartbeat of a session that has not yet echoed ours")]
+    /// A session that has not (or no longer) shown that it hears us: new, or a replay.
+    #[error("heartbeat of a session that has not echoed our latest")]
     Unproven,
 }
 
@@ -70,7 +68,6 @@ impl Refusal {
             Refusal::OwnId(_) => "own_id",
             Refusal::UnknownNode(_) => "unknown_node",
             Refusal::Stale => "stale",
-            Refusal::Retired => "retired",
             Refusal::Unproven => "unproven",
         }
     }
@@ -103,8 +100,8 @@ pub struct PeerSession {
     established: Option<Progress>,
     candidates: Vec<Candidate>,
     turn: u64,
-    retired: [u64; RETIRED],
-    retired_next: usize,
+    /// Highest sequence of ours that a heartbeat which counted has echoed.
+    proven_echo: u64,
 }
 
 impl PeerSession {
@@ -121,8 +118,7 @@ impl PeerSession {
             established: None,
             candidates: Vec::with_capacity(CANDIDATES),
             turn: 0,
-            retired: [0; RETIRED],
-            retired_next: 0,
+            proven_echo: 0,
         }
     }
 
@@ -168,17 +164,18 @@ impl PeerSession {
                 return Err(Refusal::Stale);
             }
             established.sequence = seen.sequence;
+            self.note_echo(heartbeat.echo);
             return Ok(Freshness::Fresh);
         }
-        if self.retired.contains(&seen.session) {
-            return Err(Refusal::Retired);
-        }
         self.note_candidate(seen)?;
-        let oldest = self.own.sequence.saturating_sub(self.window).max(1);
+        let recent = self.own.sequence.saturating_sub(self.window);
+        let oldest = recent.max(self.proven_echo + 1);
         if !self.echoes_since(heartbeat.echo, oldest) {
             return Err(Refusal::Unproven);
         }
-        self.establish(seen);
+        self.established = Some(seen);
+        self.candidates.clear();
+        self.note_echo(heartbeat.echo);
         Ok(Freshness::NewSession)
     }
 
@@ -217,12 +214,12 @@ impl PeerSession {
         Ok(())
     }
 
-    fn establish(&mut self, seen: Progress) {
-        if let Some(old) = self.established.replace(seen) {
-            self.retired[self.retired_next] = old.session;
-            self.retired_next = (self.retired_next + 1) % RETIRED;
+    fn note_echo(&mut self, echo: Option<Echo>) {
+        if let Some(echo) = echo
+            && self.echoes_since(Some(echo), self.proven_echo)
+        {
+            self.proven_echo = echo.sequence;
         }
-        self.candidates.clear();
     }
 
     fn next_echo(&mut self) -> Option<Echo> {
@@ -324,14 +321,29 @@ mod tests {
     }
 
     #[test]
-    fn replay_of_an_ended_session_is_refused_although_it_echoes_ours() {
+    fn an_ended_session_does_not_come_back_although_it_echoes_ours() {
         let (mut alive, mut old) = (a(1), b(2));
         intervals_until_proven(&mut alive, &mut old);
-        // Recorded, never delivered: its sequence is new and its echo is recent.
+        let _ = old.judge(&beat(&mut alive));
+        // Recorded, or late on the wire: its sequence is new and its echo is the latest.
         let recorded = beat(&mut old);
-        intervals_until_proven(&mut alive, &mut b(3));
-        assert_eq!(alive.judge(&recorded), Err(Refusal::Retired));
+        let mut new = b(3);
+        intervals_until_proven(&mut alive, &mut new);
+        assert_eq!(alive.judge(&recorded), Err(Refusal::Unproven));
         assert_eq!(alive.stamp().2.map(|e| e.session), Some(3));
+        assert_eq!(alive.judge(&beat(&mut new)), Ok(Freshness::Fresh));
+    }
+
+    /// Two starts in a row: the proof of the first arrives after that of the second.
+    #[test]
+    fn a_late_proof_of_a_shorter_lived_session_does_not_displace_the_live_one() {
+        let (mut alive, mut first, mut second) = (a(1), b(2), b(3));
+        let _ = first.judge(&beat(&mut alive));
+        let late = beat(&mut first);
+        let _ = second.judge(&beat(&mut alive));
+        assert_eq!(alive.judge(&beat(&mut second)), Ok(Freshness::NewSession));
+        assert_eq!(alive.judge(&late), Err(Refusal::Unproven));
+        assert_eq!(alive.judge(&beat(&mut second)), Ok(Freshness::Fresh));
     }
 
     #[test]

@@ -326,6 +326,13 @@ impl Node {
                 actions.push(Action::Report(Fact::ClaimWithdrawn));
                 self.dispatch_heartbeat(now, actions);
             }
+            Phase::Claiming { reason, sent_at } if speaks => {
+                // It will yield, but perhaps has not heard us yet: its lease runs from this on.
+                self.phase = Phase::Claiming {
+                    reason,
+                    sent_at: sent_at.map(|at| at.max(arrival)),
+                };
+            }
             Phase::TakingOver | Phase::Active if speaks && outranks_us => {
                 self.yield_to_peer(YieldReason::Outranked, deadline, now, actions);
             }
@@ -374,7 +381,7 @@ impl Node {
                     actions.push(Action::Report(Fact::Misconfigured(refusal)));
                 }
             }
-            Refusal::Stale | Refusal::Retired => {}
+            Refusal::Stale => {}
         }
     }
 

@@ -204,6 +204,7 @@ impl World {
                 None => {
                     h.round = None;
                     h.node.handle(Event::Tick, round, &mut actions);
+                    assert!(h.node.next_wakeup() > round, "a busy loop");
                 }
             },
         }
@@ -280,7 +281,7 @@ fn exclusive(world: &World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     /// The safety of the whole design: see the proof on the module.
     #[test]
