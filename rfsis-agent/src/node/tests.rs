@@ -1,7 +1,9 @@
 //! One node, driven by hand.
 
+use std::net::Ipv4Addr;
+
 use super::*;
-use crate::heartbeat::Echo;
+use crate::heartbeat::{Echo, MacAddr};
 
 const MS: Nanos = 1_000_000;
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -408,4 +410,38 @@ fn at_most_one_heartbeat_is_sent_per_interval_after_a_stall() {
     assert_eq!(sent(&bench.feed(Event::Tick)), 1);
     assert_eq!(sent(&bench.run(309 * MS)), 0);
     assert_eq!(sent(&bench.run(310 * MS)), 1);
+}
+
+/// Both may have a deadline: two that yielded to each other must not open at once.
+#[test]
+fn a_standby_whose_peer_said_standby_or_has_a_new_agent_claims_before_it_opens() {
+    for proven in [true, false] {
+        let mut bench = Bench::new(Role::Backup);
+        bench.run(20 * MS);
+        bench.hear(State::Active, 7);
+        bench.run(25 * MS);
+        if proven {
+            bench.hear(State::Standby, 7);
+        } else {
+            (bench.heartbeat.session, bench.heartbeat.echo) = (33, None);
+            bench.hear_again();
+        }
+        let mut actions = bench.run(75 * MS - 1);
+        assert_eq!(opened(&actions), None);
+        assert_eq!(bench.node.state(), State::TakingOver);
+        actions.extend(bench.run(75 * MS));
+        assert!(opened(&actions).is_some());
+    }
+}
+
+/// It may be renewing its lease in the belief to be alone.
+#[test]
+fn a_claim_waits_for_the_lease_of_an_outranked_peer_that_still_speaks() {
+    let mut bench = Bench::new(Role::Backup);
+    bench.run(500 * MS);
+    assert_eq!(bench.node.state(), State::TakingOver);
+    bench.run(515 * MS);
+    bench.hear(State::Active, 0);
+    assert_eq!(opened(&bench.run(540 * MS - 1)), None);
+    assert!(opened(&bench.run(540 * MS)).is_some());
 }
