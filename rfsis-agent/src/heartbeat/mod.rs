@@ -1,0 +1,501 @@
+//! Heartbeats: the codec here, the judgement of what is fresh in [`session`].
+//!
+//! The layout is drawn in [`rfsis_common::heartbeat`]. A frame is an ARP request "who has the peer,
+//! tell me" (RFC 826), so that it crosses any LAN, with a trailer behind it. [`Codec::parse`] either
+//! returns a [`Heartbeat`] of which every byte is checked, or says what was wrong.
+
+pub mod session;
+
+use std::net::Ipv4Addr;
+
+use hmac::{Hmac, Mac};
+use rfsis_common::heartbeat::{ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC, VERSION};
+use rfsis_common::maps::State;
+use sha2::{Digest, Sha256};
+
+use crate::cli::Role;
+
+/// Nanoseconds of CLOCK_MONOTONIC, the clock of `bpf_ktime_get_ns`.
+pub type Nanos = u64;
+
+/// Ethernet address (EUI-48).
+pub type MacAddr = [u8; 6];
+
+/// Where heartbeats go while the peer's address is not known.
+pub const BROADCAST: MacAddr = [0xff; 6];
+
+/// The ARP header of every heartbeat up to the sender (RFC 826): Ethernet, IPv4, 6, 4, request.
+const ARP_REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
+
+/// Bytes from the start of the frame to the MAC that ends it.
+const MAC_OFFSET: usize = FRAME_LEN - MAC_LEN;
+
+/// The last heartbeat of the peer that its sender had seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Echo {
+    /// Session of the echoed heartbeat, not 0.
+    pub session: u64,
+    /// Sequence of the echoed heartbeat.
+    pub sequence: u64,
+}
+
+/// What a heartbeat says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// State of the sender.
+    pub state: State,
+    /// Role of the sender.
+    pub role: Role,
+    /// Node id: the sender's own address.
+    pub node: Ipv4Addr,
+    /// Hardware address of the sender.
+    pub mac: MacAddr,
+    /// Epoch of the sender.
+    pub epoch: u64,
+    /// Random at each start of the sender's agent, not 0.
+    pub session: u64,
+    /// 1, 2, 3 … within the session.
+    pub sequence: u64,
+    /// When it was made, by the sender's clock.
+    pub sent_ns: Nanos,
+    /// What the sender last saw of its peer.
+    pub echo: Option<Echo>,
+}
+
+/// Why a frame is not a heartbeat of this cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeartbeatError {
+    /// Cut short.
+    #[error("heartbeat of {found} bytes, expected {FRAME_LEN} or more: cut short on its way?")]
+    Truncated {
+        /// Bytes found.
+        found: usize,
+    },
+    /// Not an ARP request with the magic, or a field holds what no sender writes.
+    #[error("heartbeat with an impossible {field}: not sent by an rfsis-agent?")]
+    Malformed {
+        /// The first field that is wrong.
+        field: &'static str,
+    },
+    /// Another version of the trailer.
+    #[error(
+        "heartbeat of version {found}, expected {VERSION}: run the same rfsis-agent on both nodes"
+    )]
+    UnknownVersion {
+        /// Version found.
+        found: u8,
+    },
+    /// Another cluster on the same LAN.
+    #[error("heartbeat of another cluster, whose id is {found:#018x}: harmless, if there is one")]
+    WrongCluster {
+        /// Cluster id found.
+        found: u64,
+    },
+    /// Right cluster, wrong key, or forged, or changed on its way.
+    #[error("heartbeat with a bad MAC: is the cluster key the same on both nodes?")]
+    BadMac,
+}
+
+impl HeartbeatError {
+    /// Value of the metrics label `result`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            HeartbeatError::Truncated { .. } => "truncated",
+            HeartbeatError::Malformed { .. } => "malformed",
+            HeartbeatError::UnknownVersion { .. } => "unknown_version",
+            HeartbeatError::WrongCluster { .. } => "wrong_cluster",
+            HeartbeatError::BadMac => "bad_mac",
+        }
+    }
+}
+
+/// Writes and reads heartbeats of one cluster.
+///
+/// Holds the HMAC with the key already absorbed: cloning it per frame saves half of the hashing.
+#[derive(Clone)]
+pub struct Codec {
+    keyed: Hmac<Sha256>,
+    cluster_id: [u8; 8],
+}
+
+impl std::fmt::Debug for Codec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Codec")
+            .field("cluster_id", &u64::from_be_bytes(self.cluster_id))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Codec {
+    /// For the cluster of this name and key (any length; 32 bytes or more are secure).
+    pub fn new(key: &[u8], cluster: &str) -> Self {
+        // RFC 2104 section 2 takes a key of any length, and so does `Hmac`.
+        let keyed = match Hmac::<Sha256>::new_from_slice(key) {
+            Ok(keyed) => keyed,
+            Err(_) => unreachable!("HMAC takes keys of any length"),
+        };
+        Self {
+            keyed,
+            cluster_id: cluster_id(cluster),
+        }
+    }
+
+    /// The frame that carries `heartbeat` to the peer at IPv4 address `peer`, by unicast where its
+    /// hardware address is given.
+    ///
+    /// RFC 826 leaves the target's hardware address of a request open; here it repeats a unicast
+    /// destination, and with that puts it under the MAC.
+    pub fn emit(
+        &self,
+        heartbeat: &Heartbeat,
+        to: Option<MacAddr>,
+        peer: Ipv4Addr,
+    ) -> [u8; FRAME_LEN] {
+        let mut writer = Writer::new();
+        writer.put(&to.unwrap_or(BROADCAST));
+        writer.put(&heartbeat.mac);
+        writer.put(&ETHERTYPE_ARP);
+
+        writer.put(&ARP_REQUEST);
+        writer.put(&heartbeat.mac);
+        writer.put(&heartbeat.node.octets());
+        writer.put(&to.unwrap_or_default());
+        writer.put(&peer.octets());
+
+        let echo = heartbeat.echo.map_or((0, 0), |e| (e.session, e.sequence));
+        writer.put(&MAGIC);
+        writer.put(&[VERSION, heartbeat.state as u8, role_code(heartbeat.role), 0]);
+        writer.put(&self.cluster_id);
+        writer.put(&heartbeat.node.octets());
+        writer.put(&[0; 4]);
+        for number in [
+            heartbeat.epoch,
+            heartbeat.session,
+            heartbeat.sequence,
+            heartbeat.sent_ns,
+            echo.0,
+            echo.1,
+        ] {
+            writer.put(&number.to_be_bytes());
+        }
+
+        let mut mac = self.keyed.clone();
+        mac.update(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
+        writer.put(&mac.finalize().into_bytes()[..MAC_LEN]);
+        writer.frame
+    }
+
+    /// The heartbeat in a frame, Ethernet header first. What stands behind it is padding.
+    pub fn parse(&self, frame: &[u8]) -> Result<Heartbeat, HeartbeatError> {
+        let Some(frame) = frame.first_chunk::<FRAME_LEN>() else {
+            return Err(HeartbeatError::Truncated { found: frame.len() });
+        };
+        let mut reader = Reader(frame);
+        let destination: MacAddr = reader.take();
+        let source: MacAddr = reader.take();
+        reader.expect("EtherType", &ETHERTYPE_ARP)?;
+
+        reader.expect("ARP header", &ARP_REQUEST)?;
+        reader.expect("ARP sender hardware address", &source)?;
+        let node: [u8; 4] = reader.take();
+        let target: MacAddr = reader.take();
+        let _peer: [u8; 4] = reader.take();
+
+        reader.expect("magic", &MAGIC)?;
+        let [version, state, role, reserved] = reader.take();
+        if version != VERSION {
+            return Err(HeartbeatError::UnknownVersion { found: version });
+        }
+        let cluster_id: [u8; 8] = reader.take();
+        if cluster_id != self.cluster_id {
+            return Err(HeartbeatError::WrongCluster {
+                found: u64::from_be_bytes(cluster_id),
+            });
+        }
+        let mut mac = self.keyed.clone();
+        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
+        mac.verify_truncated_left(&frame[MAC_OFFSET..])
+            .map_err(|_| HeartbeatError::BadMac)?;
+
+        // From here on a holder of the key speaks; the checks keep out what no agent writes.
+        let malformed = |field| HeartbeatError::Malformed { field };
+        let to_target = target == destination && target != MacAddr::default();
+        let to_all = target == MacAddr::default() && destination == BROADCAST;
+        if !(to_target || to_all) {
+            return Err(malformed("Ethernet destination"));
+        }
+        let state = State::from_u8(state).ok_or(malformed("state"))?;
+        let role = role_from_code(role).ok_or(malformed("role"))?;
+        if reserved != 0 {
+            return Err(malformed("reserved byte"));
+        }
+        reader.expect("node id", &node)?;
+        reader.expect("reserved bytes", &[0; 4])?;
+        let heartbeat = Heartbeat {
+            state,
+            role,
+            node: Ipv4Addr::from(node),
+            mac: source,
+            epoch: reader.number(),
+            session: reader.number(),
+            sequence: reader.number(),
+            sent_ns: reader.number(),
+            echo: match (reader.number(), reader.number()) {
+                (0, 0) => None,
+                (0, _) => return Err(malformed("echo")),
+                (session, sequence) => Some(Echo { session, sequence }),
+            },
+        };
+        if heartbeat.session == 0 {
+            return Err(malformed("session"));
+        }
+        if heartbeat.sequence == 0 {
+            return Err(malformed("sequence"));
+        }
+        Ok(heartbeat)
+    }
+}
+
+/// First 8 bytes of SHA-256(name).
+fn cluster_id(cluster: &str) -> [u8; 8] {
+    let digest: [u8; 32] = Sha256::digest(cluster.as_bytes()).into();
+    let [a, b, c, d, e, f, g, h, ..] = digest;
+    [a, b, c, d, e, f, g, h]
+}
+
+const fn role_code(role: Role) -> u8 {
+    match role {
+        Role::Primary => 0,
+        Role::Backup => 1,
+    }
+}
+
+const fn role_from_code(code: u8) -> Option<Role> {
+    match code {
+        0 => Some(Role::Primary),
+        1 => Some(Role::Backup),
+        _ => None,
+    }
+}
+
+/// Fills a frame from the front.
+struct Writer {
+    frame: [u8; FRAME_LEN],
+    position: usize,
+}
+
+impl Writer {
+    fn new() -> Self {
+        Self {
+            frame: [0; FRAME_LEN],
+            position: 0,
+        }
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        let end = self.position + bytes.len();
+        self.frame[self.position..end].copy_from_slice(bytes);
+        self.position = end;
+    }
+}
+
+/// Takes a frame from the front. The layout is fixed and its length was checked, so that the reads
+/// of [`Codec::parse`], [`FRAME_LEN`] bytes in all, cannot fail.
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        let (head, rest) = self.0.split_at(N);
+        bytes.copy_from_slice(head);
+        self.0 = rest;
+        bytes
+    }
+
+    fn number(&mut self) -> u64 {
+        u64::from_be_bytes(self.take())
+    }
+
+    fn expect<const N: usize>(
+        &mut self,
+        field: &'static str,
+        expected: &[u8; N],
+    ) -> Result<(), HeartbeatError> {
+        if self.take() == *expected {
+            Ok(())
+        } else {
+            Err(HeartbeatError::Malformed { field })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rfsis_common::heartbeat::ARP_LEN;
+
+    use super::*;
+
+    const TRAILER: usize = ETHERNET_LEN + ARP_LEN;
+
+    const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
+    const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    fn codec() -> Codec {
+        Codec::new(KEY, "demo")
+    }
+
+    fn heartbeats() -> impl Strategy<Value = Heartbeat> {
+        (
+            (0u8..4, any::<bool>(), any::<u32>(), any::<MacAddr>()),
+            (any::<u64>(), 1u64.., 1u64.., any::<u64>()),
+            proptest::option::of((1u64.., any::<u64>())),
+        )
+            .prop_map(
+                |((state, primary, node, mac), (epoch, session, sequence, sent_ns), echo)| {
+                    Heartbeat {
+                        state: State::from_u8(state).unwrap(),
+                        role: if primary { Role::Primary } else { Role::Backup },
+                        node: Ipv4Addr::from(node),
+                        mac,
+                        epoch,
+                        session,
+                        sequence,
+                        sent_ns,
+                        echo: echo.map(|(session, sequence)| Echo { session, sequence }),
+                    }
+                },
+            )
+    }
+
+    fn destinations() -> impl Strategy<Value = Option<MacAddr>> {
+        proptest::option::of(any::<MacAddr>().prop_filter("a host", |m| *m != [0; 6]))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_emitted_is_parsed(heartbeat in heartbeats(), to in destinations(), pad in 0usize..70) {
+            let mut frame = codec().emit(&heartbeat, to, PEER).to_vec();
+            frame.resize(FRAME_LEN + pad, 0x5a);
+            prop_assert_eq!(codec().parse(&frame), Ok(heartbeat));
+        }
+
+        #[test]
+        fn any_flipped_bit_is_refused(heartbeat in heartbeats(), to in destinations()) {
+            let frame = codec().emit(&heartbeat, to, PEER);
+            for bit in 0..FRAME_LEN * 8 {
+                let mut flipped = frame;
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                prop_assert!(codec().parse(&flipped).is_err(), "bit {}", bit);
+            }
+        }
+
+        #[test]
+        fn any_truncation_is_refused(heartbeat in heartbeats()) {
+            let frame = codec().emit(&heartbeat, None, PEER);
+            for len in 0..FRAME_LEN {
+                prop_assert_eq!(
+                    codec().parse(&frame[..len]),
+                    Err(HeartbeatError::Truncated { found: len })
+                );
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_refused_without_panic(frame in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(codec().parse(&frame).is_err());
+        }
+
+        /// Whoever holds the key may still write nonsense into the trailer.
+        #[test]
+        fn authentic_nonsense_does_not_panic(
+            heartbeat in heartbeats(),
+            nonsense in proptest::collection::vec((TRAILER + 5..MAC_OFFSET, any::<u8>()), 1..6),
+        ) {
+            let mut frame = codec().emit(&heartbeat, None, PEER);
+            for (offset, byte) in nonsense {
+                if !(TRAILER + 8..TRAILER + 16).contains(&offset) {
+                    frame[offset] = byte;
+                }
+            }
+            sign(&mut frame);
+            if let Ok(parsed) = codec().parse(&frame) {
+                prop_assert_eq!(codec().emit(&parsed, None, PEER), frame);
+            }
+        }
+    }
+
+    fn sign(frame: &mut [u8; FRAME_LEN]) {
+        let mut mac = codec().keyed;
+        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
+        frame[MAC_OFFSET..].copy_from_slice(&mac.finalize().into_bytes()[..MAC_LEN]);
+    }
+
+    fn sample() -> Heartbeat {
+        Heartbeat {
+            state: State::Active,
+            role: Role::Primary,
+            node: Ipv4Addr::new(10, 0, 0, 1),
+            mac: [2, 0, 0, 0, 0, 1],
+            epoch: 7,
+            session: 1,
+            sequence: 1,
+            sent_ns: 5,
+            echo: None,
+        }
+    }
+
+    #[test]
+    fn another_key_cluster_or_version_is_named() {
+        let frame = codec().emit(&sample(), None, PEER);
+        assert_eq!(
+            Codec::new(b"other", "demo").parse(&frame),
+            Err(HeartbeatError::BadMac)
+        );
+        assert_eq!(
+            Codec::new(KEY, "other").parse(&frame),
+            Err(HeartbeatError::WrongCluster {
+                found: u64::from_be_bytes(cluster_id("demo"))
+            })
+        );
+        let mut newer = frame;
+        newer[TRAILER + 4] = VERSION + 1;
+        assert_eq!(
+            codec().parse(&newer),
+            Err(HeartbeatError::UnknownVersion { found: 2 })
+        );
+    }
+
+    /// An insider, or a bug, must not make one node speak in another's name on the wire.
+    #[test]
+    fn a_sender_that_contradicts_itself_is_refused_although_authentic() {
+        for (offset, field) in [
+            (ETHERNET_LEN + 8, "ARP sender hardware address"),
+            (ETHERNET_LEN + 14, "node id"),
+            (ETHERNET_LEN + 18, "Ethernet destination"),
+            (TRAILER + 5, "state"),
+            (TRAILER + 6, "role"),
+            (TRAILER + 7, "reserved byte"),
+            (TRAILER + 20, "reserved bytes"),
+            (TRAILER + 64, "echo"),
+        ] {
+            let mut frame = codec().emit(&sample(), None, PEER);
+            frame[offset] ^= 0x10;
+            sign(&mut frame);
+            assert_eq!(
+                codec().parse(&frame),
+                Err(HeartbeatError::Malformed { field }),
+                "offset {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_kernel_side_knows_a_heartbeat_as_one() {
+        use rfsis_common::frame::FrameClass;
+        let frame = codec().emit(&sample(), None, PEER);
+        let class = rfsis_common::frame::classify(&&frame[..], 0xc000_0201);
+        assert!(matches!(class, FrameClass::Heartbeat));
+    }
+}

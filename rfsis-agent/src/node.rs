@@ -1,3 +1,0 @@
-//! Stub.
-/// Nanoseconds of CLOCK_MONOTONIC.
-pub type Nanos = u64;

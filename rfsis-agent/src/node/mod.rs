@@ -1,0 +1,676 @@
+//! Who speaks for the VIP: the state machine of one node.
+//!
+//! Sans-IO: [`Node::handle`] takes an [`Event`] and the time, and pushes [`Action`]s.
+//!
+//! # Why two gates are never open at once
+//!
+//! With heartbeats that arrive at once and unlost, and agents that may be stopped for any time
+//! between any two steps, the *gates* (active, and `now <= lease`) exclude each other:
+//!
+//! - A **lease** covers `lease` from the moment before a heartbeat was sent, and is written only
+//!   when that heartbeat *was* sent ([`Event::HeartbeatSent`]) and the old lease still ran then. So
+//!   the peer heard it before its deadline, and its new deadline (arrival + takeover time) is later
+//!   than the new lease. All writes hold absolute times: a late write opens nothing.
+//! - The standby's **deadline** opens its gate at once only if the peer's last word was not
+//!   `standby` and nobody unproven spoke after that; else the standby claims, as below. It is checked by arrival times of the kernel and after the ring was
+//!   drained ([`Event::Tick`]). If the standby itself did not run, what the peer sent meanwhile
+//!   lies in the ring: its own sleep is not the peer's death.
+//! - A **fenced** node resumes only on a heartbeat that says `standby` and echoes one that it sent
+//!   after fencing, and only within one lease from the fencing. Its peer lets the first `fenced`
+//!   heartbeat of an episode count like an active one, and no later one: it does not take over
+//!   before the fenced node's chance is over, and then it does.
+//! - Any other way to become active (start, peer silent while fenced) is a decision that both nodes
+//!   might make at once. So it is **claimed** first: a heartbeat says `taking_over` while the gate
+//!   stays closed for one lease from when that was sent. Whatever the peer decided before it could
+//!   hear the claim is heard by then, or has lapsed. The gate opens with the lease that the claim's
+//!   heartbeats earned.
+//!
+//! With loss or a cut LAN both may be active. Then the higher epoch wins, and at equal epochs the
+//! numerically higher node address.
+
+pub mod events;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::time::Duration;
+
+use rfsis_common::maps::State;
+
+use crate::cli::Role;
+use crate::heartbeat::session::{Freshness, PeerSession, Refusal};
+use crate::heartbeat::{Heartbeat, Nanos};
+pub use events::{Action, Event, Fact, HeartbeatResult, TakeoverReason, YieldReason};
+pub use view::{NodeConfig, PeerView};
+
+/// A running peer is proven within this time after our start, even at slow schedulers.
+const START_WAIT: Nanos = 200_000_000;
+/// A wrong set-up is reported once in this time.
+const COMPLAINT_INTERVAL: Nanos = 10_000_000_000;
+
+/// What a heartbeat earns.
+#[derive(Clone, Copy, Debug)]
+struct PendingLease {
+    sequence: u64,
+    until: Nanos,
+}
+
+/// The phases behind the four states. `taking_over` has two: gate closed, and open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// `deadline` is set once the peer was heard as active.
+    Standby {
+        deadline: Option<Nanos>,
+    },
+    /// Waits one lease from `sent_at`, when the claim had surely been sent. Its heartbeats earn the
+    /// lease with which the gate will be opened.
+    Claiming {
+        reason: TakeoverReason,
+        sent_at: Option<Nanos>,
+    },
+    /// The gate is open; shadows and announcements are under way.
+    TakingOver,
+    Active,
+    /// `since`, with the sequence of our first heartbeat that says so; `lapsed` is the old lease.
+    Fenced {
+        since: Nanos,
+        first_sequence: u64,
+        lapsed: Nanos,
+    },
+    Stopped,
+}
+
+/// The state machine of one node.
+///
+/// ```text
+///                 ┌────────────────────────────────────────────────────────┐
+///  start          ▼                                                        │
+///    ├──────► STANDBY ──── nobody active: startup ────► TAKING_OVER        │
+///    │        │  ▲  ▲                                   claim: gate closed │
+///    │        │  │  └── peer speaks and outranks us ────────┤      ▲        │
+///    │        │  │                                 claim heard     │        │
+///    │  deadline │                                  for a lease     │        │
+///    │  passed,  │                                          ▼       │        │
+///    │  ring     └─── peer outranks us ───────────── TAKING_OVER    │        │
+///    │  drained ──────────────────────────────────►  gate open      │        │
+///    │                ▲                              │   │          │        │
+///    │                │                  TakeoverDone│   │lease     │        │
+///    │                │                              ▼   │lapsed    │        │
+///    │                └── peer outranks us ─────── ACTIVE│          │        │
+///    │                                             ▲ │   │          │        │
+///    │          peer answers "standby" in time ────┘ ▼   ▼          │        │
+///    │                                             FENCED ──────────┘        │
+///    │                                               │    peer silent        │
+///    └─ Stop, from anywhere: silent                  └── peer speaks ────────┘
+/// ```
+#[derive(Debug)]
+pub struct Node {
+    config: NodeConfig,
+    interval: Nanos,
+    takeover_time: Nanos,
+    lease: Nanos,
+    startup_grace: Nanos,
+
+    phase: Phase,
+    epoch: u64,
+    seen_epoch: u64,
+    /// The kernel's lease, as last written; of no meaning while the gate is closed by state.
+    lease_until: Nanos,
+    /// Lease that the last heartbeat earns once it is known to have been sent.
+    pending_lease: Option<PendingLease>,
+    started: Nanos,
+    next_send: Nanos,
+
+    session: PeerSession,
+    peer: Option<PeerView>,
+    peer_up: bool,
+    peer_fenced: bool,
+    double_active: bool,
+    unproven_at: Option<Nanos>,
+    complained_at: Option<Nanos>,
+}
+
+impl Node {
+    /// A node that has just started.
+    pub fn new(config: NodeConfig, now: Nanos) -> Self {
+        let interval = nanos(config.interval);
+        Self {
+            interval,
+            takeover_time: interval.saturating_mul(config.missed.into()),
+            lease: nanos(config.lease),
+            startup_grace: nanos(config.startup_grace),
+            phase: Phase::Standby { deadline: None },
+            epoch: 0,
+            seen_epoch: 0,
+            lease_until: 0,
+            pending_lease: None,
+            started: now,
+            next_send: now,
+            session: PeerSession::new(config.node, config.peer, config.session, interval),
+            peer: None,
+            peer_up: false,
+            peer_fenced: false,
+            double_active: false,
+            unproven_at: None,
+            complained_at: None,
+            config,
+        }
+    }
+
+    /// The word for what the node is now.
+    pub fn state(&self) -> State {
+        match self.phase {
+            Phase::Standby { .. } | Phase::Stopped => State::Standby,
+            Phase::Claiming { .. } | Phase::TakingOver => State::TakingOver,
+            Phase::Active => State::Active,
+            Phase::Fenced { .. } => State::Fenced,
+        }
+    }
+
+    /// Epoch of this node, 0 before any takeover.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// What was last heard of the peer.
+    pub fn peer(&self) -> Option<PeerView> {
+        self.peer
+    }
+
+    /// Whether the peer was heard within the takeover time.
+    pub fn peer_heard(&self, now: Nanos) -> bool {
+        self.peer
+            .is_some_and(|p| now < p.heard_at.saturating_add(self.takeover_time))
+    }
+
+    /// When the next [`Event::Tick`] is due; `Nanos::MAX` after a stop.
+    pub fn next_wakeup(&self) -> Nanos {
+        let decision = match self.phase {
+            Phase::Stopped => return Nanos::MAX,
+            Phase::Standby {
+                deadline: Some(deadline),
+            } => deadline,
+            Phase::Standby { deadline: None } => self.startup_deadline(),
+            Phase::Claiming { sent_at, .. } => match sent_at {
+                Some(sent_at) => sent_at.saturating_add(self.lease),
+                None => Nanos::MAX,
+            },
+            Phase::TakingOver | Phase::Active => Nanos::MAX,
+            Phase::Fenced { .. } => self.peer_silent_at(),
+        };
+        decision.min(self.next_send)
+    }
+
+    /// Takes an event at `now` and pushes what is to be done.
+    pub fn handle(&mut self, event: Event, now: Nanos, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Stopped {
+            return;
+        }
+        // Whatever happened, nothing may be done in the belief that the gate is open if it is not.
+        if self.gate_is_open() && now > self.lease_until {
+            self.fence(now, actions);
+        }
+        match event {
+            Event::Heartbeat { heartbeat, arrival } => {
+                self.process_heartbeat(heartbeat, arrival.min(now), now, actions);
+            }
+            Event::Tick => self.process_tick(now, actions),
+            Event::HeartbeatSent { sequence } => self.process_sent(sequence, now, actions),
+            Event::LinkSendFailed => self.pending_lease = None,
+            Event::TakeoverDone => {
+                if self.phase == Phase::TakingOver {
+                    self.phase = Phase::Active;
+                    actions.push(Action::Report(Fact::NowActive(self.epoch)));
+                }
+            }
+            Event::Stop => {
+                if !matches!(self.phase, Phase::Standby { .. }) {
+                    self.set_kernel_state(State::Standby, 0, actions);
+                }
+                self.phase = Phase::Stopped;
+                actions.push(Action::Report(Fact::Stopped));
+            }
+        }
+    }
+
+    fn gate_is_open(&self) -> bool {
+        matches!(self.phase, Phase::TakingOver | Phase::Active)
+    }
+
+    // ---- heartbeats in -------------------------------------------------------------------------
+
+    fn process_heartbeat(
+        &mut self,
+        heartbeat: Heartbeat,
+        arrival: Nanos,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        let freshness = match self.session.judge(&heartbeat) {
+            Ok(freshness) => freshness,
+            Err(refusal) => return self.process_refusal(refusal, arrival, now, actions),
+        };
+        actions.push(Action::Count(HeartbeatResult::Accepted));
+        self.note_peer(&heartbeat, freshness, arrival, actions);
+
+        let speaks = speaks(heartbeat.state);
+        let outranks_us = (heartbeat.epoch, heartbeat.node) > (self.epoch, self.config.node);
+        let deadline = arrival.saturating_add(self.takeover_time);
+        let newly_fenced = heartbeat.state == State::Fenced && !self.peer_fenced;
+        self.peer_fenced = heartbeat.state == State::Fenced;
+
+        match self.phase {
+            Phase::Standby { deadline: old } if speaks || newly_fenced => {
+                self.epoch = self.epoch.max(self.seen_epoch);
+                // Heartbeats may overtake each other: a deadline never comes nearer.
+                let deadline = old.map_or(deadline, |old| old.max(deadline));
+                self.phase = Phase::Standby {
+                    deadline: Some(deadline),
+                };
+                if newly_fenced {
+                    // The peer is silent until it gets this answer.
+                    self.dispatch_heartbeat(now, actions);
+                }
+            }
+            Phase::Claiming {
+                reason: TakeoverReason::PeerSilent,
+                ..
+            } if speaks && outranks_us => {
+                self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
+            }
+            Phase::Claiming { .. } if speaks && outranks_us => {
+                self.phase = Phase::Standby {
+                    deadline: Some(deadline),
+                };
+                actions.push(Action::Report(Fact::ClaimWithdrawn));
+                self.dispatch_heartbeat(now, actions);
+            }
+            Phase::Claiming { reason, sent_at } if speaks => {
+                // It will yield, but perhaps has not heard us yet: its lease runs from this on.
+                self.phase = Phase::Claiming {
+                    reason,
+                    sent_at: sent_at.map(|at| at.max(arrival)),
+                };
+            }
+            Phase::TakingOver | Phase::Active if speaks && outranks_us => {
+                self.yield_to_peer(YieldReason::Outranked, deadline, now, actions);
+            }
+            Phase::TakingOver | Phase::Active if speaks => {
+                self.begin_double_active(&heartbeat, now, actions);
+            }
+            Phase::TakingOver | Phase::Active => self.end_double_active(actions),
+            // Silent already, so there is nothing to contest: it keeps whoever does speak.
+            Phase::Fenced { .. } if speaks => {
+                self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
+            }
+            Phase::Fenced { .. } if heartbeat.state == State::Fenced && outranks_us => {
+                self.yield_to_peer(YieldReason::BothFenced, deadline, now, actions);
+            }
+            Phase::Fenced {
+                since,
+                first_sequence,
+                lapsed,
+            } if heartbeat.state == State::Standby
+                && self.session.echoes_since(heartbeat.echo, first_sequence) =>
+            {
+                self.resume(since, lapsed, now, actions);
+            }
+            // A standby passes the highest epoch on: a peer that restarts learns it from here.
+            Phase::Standby { .. } => self.epoch = self.epoch.max(self.seen_epoch),
+            Phase::Claiming { .. } | Phase::Fenced { .. } | Phase::Stopped => {}
+        }
+    }
+
+    fn process_refusal(
+        &mut self,
+        refusal: Refusal,
+        arrival: Nanos,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        actions.push(Action::Count(HeartbeatResult::Refused(refusal)));
+        match refusal {
+            Refusal::Unproven => self.unproven_at = Some(arrival),
+            Refusal::OwnId(_) | Refusal::UnknownNode(_) => {
+                let silent = self
+                    .complained_at
+                    .is_none_or(|at| now >= at.saturating_add(COMPLAINT_INTERVAL));
+                if silent {
+                    self.complained_at = Some(now);
+                    actions.push(Action::Report(Fact::Misconfigured(refusal)));
+                }
+            }
+            Refusal::Stale => {}
+        }
+    }
+
+    fn note_peer(
+        &mut self,
+        heartbeat: &Heartbeat,
+        freshness: Freshness,
+        arrival: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        let before = self.peer;
+        self.seen_epoch = self.seen_epoch.max(heartbeat.epoch);
+        self.peer = Some(PeerView {
+            node: heartbeat.node,
+            role: heartbeat.role,
+            state: heartbeat.state,
+            epoch: heartbeat.epoch,
+            heard_at: before.map_or(arrival, |p| p.heard_at.max(arrival)),
+            mac: heartbeat.mac,
+        });
+        if before.is_some() && freshness == Freshness::NewSession {
+            actions.push(Action::Report(Fact::PeerRestarted(heartbeat.node)));
+        }
+        match before {
+            Some(before) if self.peer_up => {
+                if before.state != heartbeat.state {
+                    actions.push(Action::Report(Fact::PeerState {
+                        from: before.state,
+                        to: heartbeat.state,
+                        epoch: heartbeat.epoch,
+                    }));
+                }
+            }
+            _ => actions.push(Action::Report(Fact::PeerUp {
+                peer: heartbeat.node,
+                role: heartbeat.role,
+                state: heartbeat.state,
+                epoch: heartbeat.epoch,
+            })),
+        }
+        self.peer_up = true;
+    }
+
+    // ---- time ----------------------------------------------------------------------------------
+
+    fn process_tick(&mut self, now: Nanos, actions: &mut Vec<Action>) {
+        if self.peer_up && now >= self.peer_silent_at() {
+            self.peer_up = false;
+            self.end_double_active(actions);
+            if let Some(silent_for) = self.peer_silent_for(now) {
+                let peer = self.config.peer;
+                actions.push(Action::Report(Fact::PeerDown { peer, silent_for }));
+            }
+        }
+        match self.phase {
+            Phase::Standby {
+                deadline: Some(deadline),
+            } if now >= deadline => {
+                if self.peer_may_decide() {
+                    self.claim(TakeoverReason::HeartbeatTimeout, now, actions);
+                } else {
+                    self.epoch = self.next_epoch();
+                    let lease = now.saturating_add(self.lease);
+                    self.take_over(TakeoverReason::HeartbeatTimeout, lease, now, actions);
+                }
+            }
+            Phase::Standby { deadline: None } if now >= self.startup_deadline() => {
+                self.claim(TakeoverReason::Startup, now, actions);
+            }
+            Phase::Fenced { .. } if now >= self.peer_silent_at() => {
+                self.claim(TakeoverReason::PeerSilent, now, actions);
+            }
+            Phase::Claiming {
+                reason,
+                sent_at: Some(sent_at),
+                ..
+            } if now >= sent_at.saturating_add(self.lease) => {
+                if now > self.lease_until {
+                    // Slept over it: the peer's deadline may have passed meanwhile.
+                    self.claim(reason, now, actions);
+                } else {
+                    self.take_over(reason, self.lease_until, now, actions);
+                }
+            }
+            _ => {}
+        }
+        if now >= self.next_send {
+            self.dispatch_heartbeat(now, actions);
+        }
+    }
+
+    fn process_sent(&mut self, sequence: u64, now: Nanos, actions: &mut Vec<Action>) {
+        let Some(pending) = self.pending_lease.take_if(|p| p.sequence == sequence) else {
+            return;
+        };
+        if let Phase::Claiming { sent_at, .. } = &mut self.phase {
+            // A gap wider than a lease, and the claim begins anew.
+            if sent_at.is_none() || now > self.lease_until {
+                *sent_at = Some(now);
+            }
+            self.lease_until = pending.until;
+        } else if pending.until > self.lease_until {
+            // `now` is within the old lease, else the node would be fenced: see the module's proof.
+            self.lease_until = pending.until;
+            actions.push(Action::RenewLease {
+                until: pending.until,
+            });
+        }
+    }
+
+    /// Whether the peer may become active by a decision of its own that we cannot foresee: a
+    /// takeover of ours must then be claimed.
+    fn peer_may_decide(&self) -> bool {
+        self.peer.is_none_or(|peer| {
+            // Two that yielded to each other both have a deadline; and an unproven session may be
+            // the peer's new agent. A replay can bring this about too: it costs one lease.
+            peer.state == State::Standby || self.unproven_at.is_some_and(|at| at > peer.heard_at)
+        })
+    }
+
+    /// When a node that never heard an active peer may claim the VIP.
+    fn startup_deadline(&self) -> Nanos {
+        let start_wait = match self.config.role {
+            Role::Primary => START_WAIT.max(self.takeover_time.saturating_mul(2)),
+            Role::Backup => self.startup_grace,
+        };
+        let patience = self.started.saturating_add(start_wait);
+        let Some(peer) = self.peer else {
+            // Somebody with the key may be there: give it time to be proven. Not forever, or a
+            // recording that is replayed again and again would keep the VIP dead.
+            let proven_or_silent = self
+                .unproven_at
+                .map_or(patience, |at| at.saturating_add(self.takeover_time));
+            let at_most = patience.saturating_add(self.startup_grace);
+            return patience.max(proven_or_silent.min(at_most));
+        };
+        let we_outrank = match (self.config.role, peer.role) {
+            (Role::Primary, Role::Backup) => true,
+            (Role::Backup, Role::Primary) => false,
+            _ => self.config.node < peer.node,
+        };
+        if !self.peer_up {
+            let grace = match self.config.role {
+                Role::Primary => self.takeover_time,
+                Role::Backup => self.startup_grace.max(self.takeover_time),
+            };
+            return patience.max(peer.heard_at.saturating_add(grace));
+        }
+        match self.config.role {
+            // An epoch says that somebody was active: then the peer may be about to take over, and
+            // it has the shadows.
+            Role::Primary if we_outrank && self.seen_epoch == 0 => self.started,
+            _ if we_outrank => patience,
+            // It should have claimed by then. Perhaps its frames of the VIP cannot leave.
+            _ => patience
+                .saturating_add(self.startup_grace)
+                .saturating_add(self.takeover_time),
+        }
+    }
+
+    fn peer_silent_at(&self) -> Nanos {
+        self.peer
+            .map_or(0, |p| p.heard_at.saturating_add(self.takeover_time))
+    }
+
+    fn peer_silent_for(&self, now: Nanos) -> Option<Duration> {
+        self.peer
+            .map(|p| Duration::from_nanos(now.saturating_sub(p.heard_at)))
+    }
+
+    // ---- transitions ---------------------------------------------------------------------------
+
+    fn next_epoch(&self) -> u64 {
+        self.epoch.max(self.seen_epoch).saturating_add(1)
+    }
+
+    fn claim(&mut self, reason: TakeoverReason, now: Nanos, actions: &mut Vec<Action>) {
+        self.epoch = self.next_epoch();
+        self.phase = Phase::Claiming {
+            reason,
+            sent_at: None,
+        };
+        actions.push(Action::Report(Fact::Claiming(reason, self.epoch)));
+        self.dispatch_heartbeat(now, actions);
+    }
+
+    /// Opens the gate. The epoch is set already.
+    fn take_over(
+        &mut self,
+        reason: TakeoverReason,
+        lease_until: Nanos,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        self.phase = Phase::TakingOver;
+        self.set_kernel_state(State::Active, lease_until, actions);
+        actions.push(Action::TakeOver {
+            reason,
+            epoch: self.epoch,
+            peer_silent_for: self.peer_silent_for(now),
+        });
+        actions.push(Action::Announce);
+        self.dispatch_heartbeat(now, actions);
+        actions.push(Action::Report(Fact::TookOver(reason, self.epoch)));
+    }
+
+    fn yield_to_peer(
+        &mut self,
+        reason: YieldReason,
+        deadline: Nanos,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        self.phase = Phase::Standby {
+            deadline: Some(deadline),
+        };
+        self.epoch = self.epoch.max(self.seen_epoch);
+        self.double_active = false;
+        self.set_kernel_state(State::Standby, 0, actions);
+        actions.push(Action::Yield { reason });
+        self.dispatch_heartbeat(now, actions);
+        actions.push(Action::Report(Fact::Yielded(reason, self.epoch)));
+    }
+
+    fn fence(&mut self, now: Nanos, actions: &mut Vec<Action>) {
+        let lapsed = self.lease_until;
+        self.phase = Phase::Fenced {
+            since: now,
+            first_sequence: self.session.own_sequence() + 1,
+            lapsed,
+        };
+        self.double_active = false;
+        self.set_kernel_state(State::Fenced, 0, actions);
+        self.dispatch_heartbeat(now, actions);
+        let lapsed_for = Duration::from_nanos(now.saturating_sub(lapsed));
+        actions.push(Action::Report(Fact::Fenced { lapsed_for }));
+    }
+
+    /// The peer's answer promises no takeover until a takeover time after `since`.
+    fn resume(&mut self, since: Nanos, lapsed: Nanos, now: Nanos, actions: &mut Vec<Action>) {
+        let until = since.saturating_add(self.lease);
+        if now >= until {
+            return;
+        }
+        self.phase = Phase::Active;
+        self.set_kernel_state(State::Active, until, actions);
+        let closed_for = now.saturating_sub(lapsed);
+        if closed_for > self.takeover_time {
+            actions.push(Action::Announce);
+        }
+        self.dispatch_heartbeat(now, actions);
+        let closed_for = Duration::from_nanos(closed_for);
+        actions.push(Action::Report(Fact::Resumed { closed_for }));
+    }
+
+    fn begin_double_active(
+        &mut self,
+        heartbeat: &Heartbeat,
+        now: Nanos,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.double_active {
+            return;
+        }
+        self.double_active = true;
+        self.dispatch_heartbeat(now, actions);
+        actions.push(Action::Announce);
+        actions.push(Action::Report(Fact::DoubleActive {
+            own: self.epoch,
+            peer: heartbeat.epoch,
+        }));
+    }
+
+    /// The peer announced itself until now, so the neighbours must hear the winner last.
+    fn end_double_active(&mut self, actions: &mut Vec<Action>) {
+        if self.double_active {
+            self.double_active = false;
+            actions.push(Action::Announce);
+            actions.push(Action::Report(Fact::DoubleActiveEnded));
+        }
+    }
+
+    // ---- out -----------------------------------------------------------------------------------
+
+    fn set_kernel_state(&mut self, state: State, lease_until: Nanos, actions: &mut Vec<Action>) {
+        self.lease_until = lease_until;
+        self.pending_lease = None;
+        actions.push(Action::SetState {
+            state,
+            epoch: self.epoch,
+            lease_until,
+        });
+    }
+
+    fn dispatch_heartbeat(&mut self, now: Nanos, actions: &mut Vec<Action>) {
+        let (session, sequence, echo) = self.session.stamp();
+        let heartbeat = Heartbeat {
+            state: self.state(),
+            role: self.config.role,
+            node: self.config.node,
+            mac: self.config.mac,
+            epoch: self.epoch,
+            session,
+            sequence,
+            sent_ns: now,
+            echo,
+        };
+        let to = self.peer.filter(|_| self.peer_heard(now)).map(|p| p.mac);
+        actions.push(Action::SendHeartbeat { heartbeat, to });
+        self.pending_lease = speaks(heartbeat.state).then(|| PendingLease {
+            sequence,
+            until: now.saturating_add(self.lease),
+        });
+        // A late tick does not send what it missed; an extra heartbeat starts the interval anew.
+        let slot = self.next_send.saturating_add(self.interval);
+        self.next_send = if now >= self.next_send && slot > now {
+            slot
+        } else {
+            now.saturating_add(self.interval)
+        };
+    }
+}
+
+/// States that count as speaking for the VIP, or being about to.
+fn speaks(state: State) -> bool {
+    matches!(state, State::Active | State::TakingOver)
+}
+
+fn nanos(duration: Duration) -> Nanos {
+    Nanos::try_from(duration.as_nanos()).unwrap_or(Nanos::MAX)
+}
