@@ -176,8 +176,18 @@ fn idle(count: usize) -> (Flows, f64) {
         };
         let service = (VIP, 7);
         flows.process_frame(&packet(client, service, line), Direction::ToVip, 2, &mut fx);
-        flows.process_frame(&packet(service, client, answered), Direction::FromVip, 2, &mut fx);
-        flows.process_frame(&packet(client, service, heard), Direction::ToVip, 2, &mut fx);
+        flows.process_frame(
+            &packet(service, client, answered),
+            Direction::FromVip,
+            2,
+            &mut fx,
+        );
+        flows.process_frame(
+            &packet(client, service, heard),
+            Direction::ToVip,
+            2,
+            &mut fx,
+        );
     }
     flows.poll(3, &mut fx);
     assert_eq!(flows.census().lockstep, count);
@@ -211,7 +221,10 @@ fn main() {
     let (_flows, each) = idle(10_000);
     println!("| shadow path, from memory, one core | |");
     println!("|---|---|");
-    println!("| memory per idle flow at 10,000 | {:.1} KiB |", each / 1024.0);
+    println!(
+        "| memory per idle flow at 10,000 | {:.1} KiB |",
+        each / 1024.0
+    );
     drop(_flows);
     for kind in [HandlerKind::Discard, HandlerKind::Echo] {
         println!(

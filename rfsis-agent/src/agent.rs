@@ -171,7 +171,10 @@ fn stop_signals() -> Result<mpsc::Receiver<&'static str>, Fatal> {
     Ok(receiver)
 }
 
-#[expect(clippy::too_many_arguments, reason = "all are made by the one caller, in this order")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 async fn attach_and_serve(
     config: &Config,
     role: Role,
@@ -195,10 +198,9 @@ async fn attach_and_serve(
         tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow CAP_IPC_LOCK");
     }
 
-    let metrics = Arc::new(
-        Metrics::new(env!("CARGO_PKG_VERSION")).context("cannot register the metrics")?,
-    );
-    metrics.xdp_mode.choose(xdp_mode.into());
+    let metrics =
+        Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("cannot register the metrics")?);
+    metrics.xdp_mode.choose(xdp_mode);
     let shared = Arc::new(Shared::default());
     let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared));
     let cancel = CancellationToken::new();
@@ -234,7 +236,12 @@ async fn attach_and_serve(
         },
     )?;
 
-    tasks.spawn(tell(facts, flows_took_over, Arc::clone(&story), Arc::clone(&metrics)));
+    tasks.spawn(tell(
+        facts,
+        flows_took_over,
+        Arc::clone(&story),
+        Arc::clone(&metrics),
+    ));
     let log = programs.take_log()?;
     tasks.spawn(async move {
         if let Err(error) = log.run().await {
@@ -382,7 +389,9 @@ fn start_pulse(
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
     // 0 stands for "no session" on the wire.
-    let session = getrandom::u64().context("cannot get a random number")?.max(1);
+    let session = getrandom::u64()
+        .context("cannot get a random number")?
+        .max(1);
     let node = Node::new(
         NodeConfig {
             role,
@@ -439,7 +448,10 @@ async fn keep_warm(netif: Netif, mut clients: mpsc::Receiver<Ipv4Addr>) {
     let mut warmed: HashMap<Ipv4Addr, Instant> = HashMap::new();
     while let Some(client) = clients.recv().await {
         let now = Instant::now();
-        if warmed.get(&client).is_some_and(|at| now - *at < WARM_INTERVAL) {
+        if warmed
+            .get(&client)
+            .is_some_and(|at| now - *at < WARM_INTERVAL)
+        {
             continue;
         }
         if warmed.len() >= WARM_MOST {
@@ -628,13 +640,16 @@ impl Story {
             epoch: node.epoch,
             virtual_ip: self.virtual_ip,
             interface: self.interface.clone(),
-            xdp_mode: self.xdp_mode.into(),
-            peer: node.peer.zip(self.peer_age()).map(|((state, epoch), age)| Peer {
-                node: self.peer,
-                state,
-                epoch,
-                heard_seconds_ago: age.as_secs_f64(),
-            }),
+            xdp_mode: self.xdp_mode,
+            peer: node
+                .peer
+                .zip(self.peer_age())
+                .map(|((state, epoch), age)| Peer {
+                    node: self.peer,
+                    state,
+                    epoch,
+                    heard_seconds_ago: age.as_secs_f64(),
+                }),
             flows: FlowCounts {
                 handshake: count(census.handshake),
                 lockstep: count(census.lockstep),

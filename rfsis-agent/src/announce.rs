@@ -7,8 +7,7 @@ use std::net::Ipv4Addr;
 
 use rfsis_common::heartbeat::{ARP_LEN, ETHERNET_LEN};
 
-use crate::heartbeat::{BROADCAST, MacAddr};
-use crate::node::Nanos;
+use crate::heartbeat::{BROADCAST, MacAddr, Nanos};
 
 /// An Ethernet frame with an ARP packet.
 pub type ArpFrame = [u8; ETHERNET_LEN + ARP_LEN];
@@ -16,12 +15,7 @@ pub type ArpFrame = [u8; ETHERNET_LEN + ARP_LEN];
 const MILLISECOND: Nanos = 1_000_000;
 
 /// After a takeover, ns from its start.
-const REPEATS: [Nanos; 4] = [
-    0,
-    50 * MILLISECOND,
-    200 * MILLISECOND,
-    1000 * MILLISECOND,
-];
+const REPEATS: [Nanos; 4] = [0, 50 * MILLISECOND, 200 * MILLISECOND, 1000 * MILLISECOND];
 
 /// From then on, ns: a host that was away or whose cache was poisoned finds the VIP again.
 const REFRESH: Nanos = 30_000 * MILLISECOND;
@@ -115,7 +109,10 @@ mod tests {
             assert_eq!(frame[21], operation);
             assert_eq!(frame[6..12], [2, 0, 0, 0, 0, 9]);
             assert_eq!(frame[22..28], [2, 0, 0, 0, 0, 9]);
-            assert_eq!((&frame[28..32], &frame[38..42]), (&vip.octets()[..], &vip.octets()[..]));
+            assert_eq!(
+                (&frame[28..32], &frame[38..42]),
+                (&vip.octets()[..], &vip.octets()[..])
+            );
         }
     }
 }

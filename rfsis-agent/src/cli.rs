@@ -93,6 +93,13 @@ pub enum Fatal {
     /// The config file is wrong: exit code 2, as for wrong arguments.
     #[error("{0}")]
     BadConfig(#[from] ConfigErrors),
+    /// The config file is valid and does not fit this host: exit code 2.
+    #[error("{0:#}")]
+    Unfit(anyhow::Error),
+    /// The kernel refuses for lack of a privilege or a feature; the message has the remedy: exit
+    /// code 3.
+    #[error("{0:#}")]
+    Unable(anyhow::Error),
     /// The host lacks a privilege or a kernel feature: exit code 3.
     #[error("{what}: {remedy}")]
     Missing {
@@ -108,8 +115,8 @@ impl Fatal {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Fatal::Failed(_) => 1,
-            Fatal::BadConfig(_) => 2,
-            Fatal::Missing { .. } => 3,
+            Fatal::BadConfig(_) | Fatal::Unfit(_) => 2,
+            Fatal::Unable(_) | Fatal::Missing { .. } => 3,
         }
     }
 }

@@ -15,8 +15,8 @@ use rfsis_common::maps::{Direction, FRAME_HEADER_LEN, FlowKey, FrameHeader, Held
 
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
 use crate::flows::{Effects, Flows, TakeoverReport};
-use crate::metrics::{FlowCondition, FrameResult as MetricFrame, Metrics};
-use crate::node::Nanos;
+use crate::heartbeat::Nanos;
+use crate::metrics::{FlowCondition, FrameResult, Metrics};
 use crate::shared::Shared;
 use crate::sys::{self, RawIpSocket};
 
@@ -73,7 +73,9 @@ pub struct Inbox {
 /// Of eventfd(2).
 pub fn commands() -> nix::Result<(EngineHandle, Inbox)> {
     let (sender, receiver) = channel();
-    let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+    let wake = Arc::new(EventFd::from_flags(
+        EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
+    )?);
     Ok((
         EngineHandle {
             commands: sender,
@@ -140,7 +142,6 @@ pub struct FlowsTookOver {
 }
 
 /// Everything the thread works with.
-#[derive(Debug)]
 pub struct Engine {
     /// The flows.
     pub flows: Flows,
@@ -160,6 +161,14 @@ pub struct Engine {
     pub shared: Arc<Shared>,
     /// Told of each takeover.
     pub took_over: tokio::sync::mpsc::UnboundedSender<FlowsTookOver>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("flows", &self.flows)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Engine {
@@ -217,10 +226,9 @@ impl Engine {
                     .process_frame(packet, direction, header.arrival_ns, &mut self.effects)
             });
             drop(entry);
-            self.metrics.frames.inc(match result {
-                Ok(result) => result.into(),
-                Err(refused) => refused,
-            });
+            self.metrics
+                .frames
+                .inc(result.unwrap_or_else(std::convert::identity));
             if header.arrival_ns > until {
                 return false;
             }
@@ -234,7 +242,7 @@ impl Engine {
         self.take_lost();
         let report = self.flows.go_live(sys::monotonic(), &mut self.effects);
         for &(reason, count) in &report.resets {
-            self.metrics.flow_resets.add(reason.into(), count as u64);
+            self.metrics.flow_resets.add(reason, count as u64);
         }
         let _ = self.took_over.send(FlowsTookOver {
             report,
@@ -310,20 +318,20 @@ fn classify<'a>(
     header: &FrameHeader,
     frame: &'a [u8],
     shared: &Shared,
-) -> Result<(Direction, &'a [u8]), MetricFrame> {
+) -> Result<(Direction, &'a [u8]), FrameResult> {
     const IPV4: [u8; 2] = [0x08, 0x00];
     let l3 = header.l3_offset as usize;
     let ethertype = l3.checked_sub(2).and_then(|at| frame.get(at..l3));
     if ethertype != Some(&IPV4) {
-        return Err(MetricFrame::NotTcp);
+        return Err(FrameResult::NotTcp);
     }
-    let packet = frame.get(l3..).ok_or(MetricFrame::Malformed)?;
+    let packet = frame.get(l3..).ok_or(FrameResult::Malformed)?;
     if header.direction == Direction::ToVip as u32 {
         return Ok((Direction::ToVip, packet));
     }
     let source = frame.get(6..12);
     if shared.peer_mac().is_none_or(|mac| source != Some(&mac)) {
-        return Err(MetricFrame::Foreign);
+        return Err(FrameResult::Foreign);
     }
     Ok((Direction::FromVip, packet))
 }

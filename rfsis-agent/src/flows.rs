@@ -21,11 +21,10 @@ use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
 use crate::handler::HandlerKind;
-use crate::node::Nanos;
-use crate::segment::{self, Options, Segment, SegmentError};
-use crate::shadow::{
-    Condition, Context, Handshake, Outgoing, ResetReason, Shadow, learn_isn, reset_packet,
-};
+use crate::heartbeat::Nanos;
+use crate::metrics::{FlowCondition, FrameResult, ResetReason};
+use crate::segment::{self, Options, Segment};
+use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
 use crate::wire::Wire;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -77,31 +76,6 @@ pub trait Effects {
     fn release(&mut self, flow: FlowKey);
     /// Keeps the way to this client resolved.
     fn warm(&mut self, client: Ipv4Addr);
-}
-
-/// What became of a mirrored frame. Each is a label of `rfsis_frames_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FrameResult {
-    /// From a client, taken by its flow.
-    Taken,
-    /// From the active, noted by its flow.
-    FromActive,
-    /// Of no flow that is known, or of no service.
-    UnknownFlow,
-    /// Not parsed.
-    Refused(SegmentError),
-}
-
-impl FrameResult {
-    /// Value of the metrics label `result`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            FrameResult::Taken => "ok",
-            FrameResult::FromActive => "from_active",
-            FrameResult::UnknownFlow => "unknown_flow",
-            FrameResult::Refused(error) => error.as_str(),
-        }
-    }
 }
 
 /// A handshake under way.
@@ -231,10 +205,10 @@ impl Flows {
         let now = self.advance(now);
         let (flow, segment) = match segment::parse(packet, direction) {
             Ok(parsed) => parsed,
-            Err(error) => return FrameResult::Refused(error),
+            Err(error) => return error.into(),
         };
         if !self.config.services.contains_key(&flow.service_port) {
-            return FrameResult::UnknownFlow;
+            return FrameResult::Outside;
         }
         let known = match direction {
             Direction::ToVip => self.process_client(flow, &segment, now, fx),
@@ -243,7 +217,7 @@ impl Flows {
         };
         match (known, direction) {
             (false, _) => FrameResult::UnknownFlow,
-            (true, Direction::ToVip) => FrameResult::Taken,
+            (true, Direction::ToVip) => FrameResult::Ok,
             (true, Direction::FromVip) => FrameResult::FromActive,
         }
     }
@@ -778,11 +752,12 @@ impl Flows {
                 Flow::Shadow(shadow) => {
                     census.lag_bytes += u64::from(shadow.lag());
                     *match shadow.condition() {
-                        Condition::Handshake => &mut census.handshake,
-                        Condition::Lockstep => &mut census.lockstep,
-                        Condition::Lagging => &mut census.lagging,
-                        Condition::Diverged => &mut census.diverged,
-                        Condition::Live => &mut census.live,
+                        FlowCondition::Handshake => &mut census.handshake,
+                        FlowCondition::Lockstep => &mut census.lockstep,
+                        FlowCondition::Lagging => &mut census.lagging,
+                        FlowCondition::Diverged => &mut census.diverged,
+                        FlowCondition::Unprotected => &mut census.unprotected,
+                        FlowCondition::Live => &mut census.live,
                     } += 1;
                 }
             }

@@ -26,7 +26,7 @@ pub mod pulse;
 pub mod reorder;
 pub mod segment;
 pub mod services;
-pub mod shared;
 pub mod shadow;
+pub mod shared;
 pub mod sys;
 pub mod wire;

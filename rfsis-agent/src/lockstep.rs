@@ -3,7 +3,7 @@
 //! The client's sequence numbers are the same for both. The server's differ: `P` is the active's
 //! initial sequence number, `S` the shadow's own, and `delta = P - S` modulo 2^32.
 
-use crate::node::Nanos;
+use crate::heartbeat::Nanos;
 
 /// `a < b` in sequence space (RFC 9293 section 3.4), valid for distances below 2^31.
 pub const fn before(a: u32, b: u32) -> bool {

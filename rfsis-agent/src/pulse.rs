@@ -19,9 +19,9 @@ use tokio::sync::{mpsc, watch};
 use crate::announce::{self, Announcer};
 use crate::bpf::StateWriter;
 use crate::engine::{Command, EngineHandle};
-use crate::heartbeat::{Codec, MacAddr};
+use crate::heartbeat::{Codec, MacAddr, Nanos};
 use crate::metrics::{HeartbeatReceived, HeartbeatSent, Metrics};
-use crate::node::{Action, Event, Fact, HeartbeatResult, Nanos, Node, TakeoverReason};
+use crate::node::{Action, Event, Fact, HeartbeatResult, Node, TakeoverReason};
 use crate::shared::{NodeView, Shared};
 use crate::sys::{self, PacketSocket};
 
@@ -125,16 +125,16 @@ impl Pulse {
             decided_at: 0,
             spoke_at: 0,
             took_over: None,
+            spare: Vec::new(),
         };
-        let mut actions = Vec::new();
         loop {
             let stopping = handle.stop.load(Ordering::Acquire);
             let now = sys::monotonic();
-            self.drain(now, &mut actions, &mut runner);
+            self.drain(now, &mut runner);
             let event = if stopping { Event::Stop } else { Event::Tick };
             if stopping || now >= self.node.next_wakeup() {
                 runner.decided_at = now;
-                self.handle(event, now, &mut actions, &mut runner);
+                self.handle(event, now, &mut runner);
             }
             if stopping {
                 return;
@@ -149,7 +149,7 @@ impl Pulse {
     }
 
     /// Feeds what arrived before `now`, and no endless flood of what comes after.
-    fn drain(&mut self, now: Nanos, actions: &mut Vec<Action>, runner: &mut Runner) {
+    fn drain(&mut self, now: Nanos, runner: &mut Runner) {
         for _ in 0..BATCH {
             let Some(item) = self.ring.next() else {
                 return;
@@ -161,12 +161,7 @@ impl Pulse {
             drop(item);
             match parsed {
                 Ok(heartbeat) => {
-                    self.handle(
-                        Event::Heartbeat { heartbeat, arrival },
-                        now,
-                        actions,
-                        runner,
-                    );
+                    self.handle(Event::Heartbeat { heartbeat, arrival }, now, runner);
                 }
                 Err(error) => self.metrics.heartbeats_received.inc(error.into()),
             }
@@ -176,36 +171,30 @@ impl Pulse {
         }
     }
 
-    fn handle(
-        &mut self,
-        event: Event,
-        now: Nanos,
-        actions: &mut Vec<Action>,
-        runner: &mut Runner,
-    ) {
-        let from = actions.len();
-        self.node.handle(event, now, actions);
-        while actions.len() > from {
-            let action = actions.remove(from);
-            self.perform(action, now, actions, runner);
-        }
+    /// Feeds an event to the node, and does what it says.
+    fn handle(&mut self, event: Event, now: Nanos, runner: &mut Runner) {
+        self.act(event, now, runner);
         if let Some((reason, epoch)) = runner.took_over.take() {
             self.notice(Notice::TookOver(Takeover {
                 reason,
                 epoch,
                 duration: runner.spoke_at.saturating_sub(runner.decided_at),
             }));
-            self.handle(Event::TakeoverDone, now, actions, runner);
+            self.act(Event::TakeoverDone, now, runner);
         }
     }
 
-    fn perform(
-        &mut self,
-        action: Action,
-        now: Nanos,
-        actions: &mut Vec<Action>,
-        runner: &mut Runner,
-    ) {
+    /// What an action brings about is done before the next action.
+    fn act(&mut self, event: Event, now: Nanos, runner: &mut Runner) {
+        let mut actions = std::mem::take(&mut runner.spare);
+        self.node.handle(event, now, &mut actions);
+        for action in actions.drain(..) {
+            self.perform(action, now, runner);
+        }
+        runner.spare = actions;
+    }
+
+    fn perform(&mut self, action: Action, now: Nanos, runner: &mut Runner) {
         match action {
             Action::SendHeartbeat { heartbeat, to } => {
                 let frame = self.codec.emit(&heartbeat, to, self.peer);
@@ -219,8 +208,7 @@ impl Pulse {
                     Err(_) => (HeartbeatSent::SendFailed, Event::LinkSendFailed),
                 };
                 self.metrics.heartbeats_sent.inc(result);
-                let mut consequences = Vec::new();
-                self.handle(event, sys::monotonic(), &mut consequences, runner);
+                self.act(event, sys::monotonic(), runner);
             }
             Action::SetState {
                 state, lease_until, ..
@@ -306,6 +294,8 @@ struct Runner {
     decided_at: Nanos,
     spoke_at: Nanos,
     took_over: Option<(TakeoverReason, u64)>,
+    /// Actions, kept so that a heartbeat allocates nothing.
+    spare: Vec<Action>,
 }
 
 /// Every send ends the connections of an epoch, so only a change is sent.
@@ -323,8 +313,9 @@ fn read_event(entry: &[u8]) -> Option<(Nanos, &[u8])> {
 
 /// Waits for a heartbeat, a wake-up, or the time.
 fn wait(ring: &RingBuf<MapData>, wake: &EventFd, until: Nanos) {
-    let timeout = (until != Nanos::MAX)
-        .then(|| TimeSpec::from_duration(Duration::from_nanos(until.saturating_sub(sys::monotonic()))));
+    let timeout = (until != Nanos::MAX).then(|| {
+        TimeSpec::from_duration(Duration::from_nanos(until.saturating_sub(sys::monotonic())))
+    });
     let mut fds = [
         PollFd::new(ring.as_fd(), PollFlags::POLLIN),
         PollFd::new(wake.as_fd(), PollFlags::POLLIN),

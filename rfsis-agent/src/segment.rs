@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use rfsis_common::maps::{Direction, FlowKey};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpOption, TcpPacket};
 
-/// Why a mirrored frame is not a segment for a shadow. Each is a label of `rfsis_frames_total`.
+/// Why a mirrored frame is not a segment for a shadow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SegmentError {
     /// Lengths that contradict each other.
@@ -17,17 +17,6 @@ pub enum SegmentError {
     /// The kernel of the active would drop it too.
     #[error("bad checksum")]
     BadChecksum,
-}
-
-impl SegmentError {
-    /// Value of the metrics label `result`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            SegmentError::Malformed => "malformed",
-            SegmentError::NotTcp => "not_tcp",
-            SegmentError::BadChecksum => "bad_checksum",
-        }
-    }
 }
 
 /// What of a TCP header matters here (RFC 9293 section 3.1), in wire units.

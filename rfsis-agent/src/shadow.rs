@@ -30,8 +30,9 @@ use smoltcp::wire::{
 };
 
 use crate::handler::{HandlerKind, Output, StreamHandler};
+use crate::heartbeat::Nanos;
 use crate::lockstep::{Lockstep, TimestampClock, before, clamp_ack, distance, later, window_field};
-use crate::node::Nanos;
+use crate::metrics::{FlowCondition, ResetReason};
 use crate::reorder::Reorder;
 use crate::segment::{Options, Segment};
 use crate::wire::{Wire, bare_repr, emit_packet, instant};
@@ -83,46 +84,6 @@ enum Source {
     Handler(Box<dyn StreamHandler>),
     /// The active, overheard. `complete` once its FIN was seen behind everything before.
     Active { complete: bool },
-}
-
-/// How well a flow is protected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Condition {
-    /// The client has not completed the handshake.
-    Handshake,
-    /// The shadow holds every byte that the active acknowledged.
-    Lockstep,
-    /// The active acknowledged more than the shadow holds: a copy was lost.
-    Lagging,
-    /// The active sent other bytes than the shadow would have.
-    Diverged,
-    /// The shadow speaks for the VIP.
-    Live,
-}
-
-/// Why a flow cannot go on at takeover. Each is a label of `rfsis_flow_resets_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ResetReason {
-    /// Bytes are missing.
-    Lagging,
-    /// Bytes differ.
-    Diverged,
-    /// The handler's output cannot be made twice, and was not complete.
-    Unpredictable,
-    /// There is no shadow.
-    Unprotected,
-}
-
-impl ResetReason {
-    /// Value of the metrics label `reason`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            ResetReason::Lagging => "lagging",
-            ResetReason::Diverged => "diverged",
-            ResetReason::Unpredictable => "unpredictable",
-            ResetReason::Unprotected => "unprotected",
-        }
-    }
 }
 
 /// What a shadow borrows from its table for one call.
@@ -382,17 +343,17 @@ impl Shadow {
     }
 
     /// How well the flow is protected now.
-    pub fn condition(&self) -> Condition {
+    pub fn condition(&self) -> FlowCondition {
         if self.live {
-            Condition::Live
+            FlowCondition::Live
         } else if self.diverged {
-            Condition::Diverged
+            FlowCondition::Diverged
         } else if self.lag() > 0 || self.lost_since.is_some() {
-            Condition::Lagging
+            FlowCondition::Lagging
         } else if self.state() == State::SynReceived {
-            Condition::Handshake
+            FlowCondition::Handshake
         } else {
-            Condition::Lockstep
+            FlowCondition::Lockstep
         }
     }
 

@@ -6,8 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rfsis_common::maps::State;
 
 use crate::flows::Census;
-use crate::heartbeat::MacAddr;
-use crate::node::Nanos;
+use crate::heartbeat::{MacAddr, Nanos};
 
 /// The node, as `status` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

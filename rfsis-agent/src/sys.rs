@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::node::Nanos;
+use crate::heartbeat::Nanos;
 
 /// CLOCK_MONOTONIC, ns: the clock of `bpf_ktime_get_ns`.
 pub fn monotonic() -> Nanos {

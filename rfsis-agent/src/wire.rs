@@ -11,7 +11,7 @@ use smoltcp::wire::{
     IpAddress, IpProtocol, Ipv4Address, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
 };
 
-use crate::node::Nanos;
+use crate::heartbeat::Nanos;
 
 /// smoltcp's clock, from nanoseconds of CLOCK_MONOTONIC.
 pub fn instant(now: Nanos) -> Instant {

@@ -25,6 +25,7 @@ use aya::programs::xdp::{XdpLinkId, XdpMode as AyaXdpMode};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use rfsis_common::maps::{NodeState, PRESENT, names};
+use serde::{Deserialize, Serialize};
 
 pub use error::BpfError;
 pub use leftover::cleanup;
@@ -58,7 +59,8 @@ pub struct LoadParams<'a> {
 }
 
 /// How the XDP program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum XdpMode {
     /// In the driver, before a socket buffer is made.
     Native,
@@ -67,6 +69,9 @@ pub enum XdpMode {
 }
 
 impl XdpMode {
+    /// Both modes.
+    pub const ALL: [XdpMode; 2] = [XdpMode::Native, XdpMode::Generic];
+
     /// The word used in logs, metrics and `status`.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rfsis_common::maps::State;
 use serde::{Deserialize, Serialize};
 
+use crate::bpf::XdpMode;
 use crate::cli::Role;
 
 /// What the node is doing: the JSON of `status --json`.
@@ -83,26 +84,6 @@ pub struct LastFailover {
     pub at: String,
     /// From the deadline noticed to the first frame from the VIP, seconds.
     pub duration_seconds: f64,
-}
-
-/// How the XDP program is attached.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum XdpMode {
-    /// In the driver.
-    Native,
-    /// In the network stack, behind the driver.
-    Generic,
-}
-
-impl XdpMode {
-    /// The word used in logs, metrics and `status`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            XdpMode::Native => "native",
-            XdpMode::Generic => "generic",
-        }
-    }
 }
 
 /// [`State`] as its word.

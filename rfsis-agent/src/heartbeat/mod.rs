@@ -496,6 +496,6 @@ mod tests {
         use rfsis_common::frame::FrameClass;
         let frame = codec().emit(&sample(), None, PEER);
         let class = rfsis_common::frame::classify(&&frame[..], 0xc000_0201);
-        assert!(matches!(class, FrameClass::Heartbeat));
+        assert_eq!(class.class, FrameClass::Heartbeat);
     }
 }

@@ -3,7 +3,10 @@
 use rfsis_common::maps::State;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
-use crate::control::XdpMode;
+use crate::bpf::XdpMode;
+use crate::heartbeat::HeartbeatError;
+use crate::heartbeat::session::Refusal;
+use crate::segment::SegmentError;
 
 /// Values of a label, known when the program is built.
 pub trait Label: Copy + 'static {
@@ -144,21 +147,46 @@ label! {
     }
 }
 
-label! {
-    /// How the XDP program is attached.
-    Mode {
-        /// In the driver.
-        Native = "native",
-        /// In the network stack.
-        Generic = "generic",
+impl Label for XdpMode {
+    const ALL: &'static [Self] = &XdpMode::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
     }
 }
 
-impl From<XdpMode> for Mode {
-    fn from(mode: XdpMode) -> Self {
-        match mode {
-            XdpMode::Native => Mode::Native,
-            XdpMode::Generic => Mode::Generic,
+impl From<HeartbeatError> for HeartbeatReceived {
+    fn from(error: HeartbeatError) -> Self {
+        match error {
+            HeartbeatError::Truncated { .. } => Self::Truncated,
+            HeartbeatError::Malformed { .. } | HeartbeatError::UnknownVersion { .. } => {
+                Self::Malformed
+            }
+            HeartbeatError::WrongCluster { .. } => Self::WrongCluster,
+            HeartbeatError::BadMac => Self::BadMac,
+        }
+    }
+}
+
+impl From<Refusal> for HeartbeatReceived {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::OwnId(_) => Self::OwnId,
+            Refusal::UnknownNode(_) => Self::UnknownNode,
+            Refusal::Stale => Self::Stale,
+            Refusal::Unproven => Self::Unproven,
+        }
+    }
+}
+
+impl From<SegmentError> for FrameResult {
+    fn from(error: SegmentError) -> Self {
+        match error {
+            SegmentError::Malformed => Self::Malformed,
+            SegmentError::NotTcp => Self::NotTcp,
+            SegmentError::BadChecksum => Self::BadChecksum,
         }
     }
 }

@@ -18,9 +18,10 @@ use prometheus::{
 use rfsis_common::maps::State;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
+use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
-    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label, Mode,
+    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label,
     ResetReason, Ring,
 };
 
@@ -132,9 +133,11 @@ pub struct Metrics {
     /// `rfsis_gate_packets_total{verdict}`, set by the scrape hook.
     pub gate_packets: Counters<GateVerdict>,
     /// `rfsis_xdp_mode{mode}`, 0 or 1.
-    pub xdp_mode: Gauges<Mode>,
+    pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
     pub held_released: IntCounter,
+    /// `rfsis_shadow_send_failures_total`.
+    pub shadow_send_failures: IntCounter,
     connections: IntCounterVec,
     accept_errors: IntCounterVec,
     datagrams: IntCounterVec,
@@ -231,6 +234,10 @@ impl Metrics {
             held_released: family.counter(
                 "rfsis_held_released_total",
                 "Held FIN and RST that were approved later.",
+            )?,
+            shadow_send_failures: family.counter(
+                "rfsis_shadow_send_failures_total",
+                "Packets of live shadows that the system refused to send.",
             )?,
             connections: family.counters(
                 "rfsis_connections_total",

@@ -96,7 +96,7 @@ fn each_label_counts_for_itself_alone() {
     distinct::<FrameResult>();
     distinct::<Ring>();
     distinct::<DatagramResult>();
-    distinct::<Mode>();
+    distinct::<XdpMode>();
     distinct::<State>();
     distinct::<XdpVerdict>();
     distinct::<GateVerdict>();
