@@ -65,20 +65,20 @@ pub enum ControlError {
     #[error("control {path}: found a file that is not a socket, expected none or a dead agent's socket; move it away or change `control:`", path = .0.display())]
     NotASocket(PathBuf),
     /// The socket or its directory cannot be made.
-    #[error("control {path}: cannot listen: {source}; the directory must be writable, run as root or change `control:`", path = .path.display())]
+    #[error("control {path}: cannot listen: {error}; the directory must be writable, run as root or change `control:`", path = .path.display())]
     Bind {
         /// The socket.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Nobody answers.
-    #[error("control {path}: no agent answers: {source}; start rfsis-agent, or run as its user", path = .path.display())]
+    #[error("control {path}: no agent answers: {error}; start rfsis-agent, or run as its user", path = .path.display())]
     Unreachable {
         /// The socket.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The answer is not one.
     #[error("control {path}: found an answer that cannot be read ({reason}), expected one JSON line; are client and agent of one version?", path = .path.display())]
@@ -95,9 +95,9 @@ pub enum ControlError {
 /// # Errors
 /// [`ControlError::InUse`], [`ControlError::NotASocket`], [`ControlError::Bind`].
 pub fn bind(path: &Path) -> Result<UnixListener, ControlError> {
-    let fail = |source| ControlError::Bind {
+    let fail = |error| ControlError::Bind {
         path: path.to_owned(),
-        source,
+        error,
     };
     if let Some(directory) = path.parent() {
         DirBuilder::new()
@@ -224,9 +224,9 @@ async fn converse(
 /// # Errors
 /// [`ControlError::Unreachable`], [`ControlError::Garbled`].
 pub fn ask(path: &Path, request: Request) -> Result<Response, ControlError> {
-    let line = exchange(path, request).map_err(|source| ControlError::Unreachable {
+    let line = exchange(path, request).map_err(|error| ControlError::Unreachable {
         path: path.to_owned(),
-        source,
+        error,
     })?;
     serde_json::from_slice(&line).map_err(|error| ControlError::Garbled {
         path: path.to_owned(),

@@ -91,10 +91,6 @@ mod state_word {
     use super::State;
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    #[expect(
-        clippy::trivially_copy_pass_by_ref,
-        reason = "the form that serde asks for"
-    )]
     pub(super) fn serialize<S: Serializer>(
         state: &State,
         serializer: S,

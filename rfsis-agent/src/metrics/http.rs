@@ -31,12 +31,12 @@ pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 /// The address of `metrics.listen` cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("metrics.listen {address}: {source}; free the address or change `metrics: {{ listen }}`")]
+#[error("metrics.listen {address}: {error}; free the address or change `metrics: {{ listen }}`")]
 pub struct BindError {
     /// What was asked for.
     pub address: SocketAddr,
     /// What the system said.
-    pub source: std::io::Error,
+    pub error: std::io::Error,
 }
 
 /// Listens on the address of `metrics.listen`.
@@ -46,7 +46,7 @@ pub struct BindError {
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, BindError> {
     TcpListener::bind(address)
         .await
-        .map_err(|source| BindError { address, source })
+        .map_err(|error| BindError { address, error })
 }
 
 /// Serves `/metrics`, `/live` and `/ready` until cancelled. One request a connection, so that no

@@ -55,7 +55,7 @@ pub trait FlowGate: Send + Sync {
 
 /// A service cannot listen.
 #[derive(Debug, thiserror::Error)]
-#[error("service {name}: cannot listen on {protocol}/{address}: {source}; {remedy}", protocol = protocol.as_str())]
+#[error("service {name}: cannot listen on {protocol}/{address}: {error}; {remedy}", protocol = protocol.as_str())]
 pub struct ServiceError {
     /// The service.
     pub name: String,
@@ -64,14 +64,14 @@ pub struct ServiceError {
     /// VIP and port.
     pub address: SocketAddrV4,
     /// What the system said.
-    pub source: io::Error,
+    pub error: io::Error,
     /// What the operator can do.
     pub remedy: String,
 }
 
 impl From<ServiceError> for Fatal {
     fn from(error: ServiceError) -> Self {
-        if error.source.kind() == io::ErrorKind::PermissionDenied {
+        if error.error.kind() == io::ErrorKind::PermissionDenied {
             Fatal::Missing {
                 what: format!(
                     "service {}: no permission to listen on {}/{}",
@@ -128,12 +128,12 @@ impl Services {
                     open_udp(address).map(|socket| bound.datagrams.push((who, socket)))
                 }
             };
-            result.map_err(|source| ServiceError {
+            result.map_err(|error| ServiceError {
                 name: service.name.clone(),
                 protocol: service.protocol,
                 address,
-                remedy: remedy(service.protocol, address, &source),
-                source,
+                remedy: remedy(service.protocol, address, &error),
+                error,
             })?;
         }
         Ok(bound)

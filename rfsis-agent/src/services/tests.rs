@@ -517,7 +517,7 @@ async fn a_bind_error_names_service_address_and_remedy() {
     );
 
     let denied = ServiceError {
-        source: io::ErrorKind::PermissionDenied.into(),
+        error: io::ErrorKind::PermissionDenied.into(),
         ..error
     };
     assert_eq!(Fatal::from(denied).exit_code(), 3);
