@@ -10,8 +10,7 @@ use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
-use rfsis_common::frame::tcp_flags;
-use rfsis_common::maps::{Direction, FRAME_HEADER_LEN, FlowKey, FrameHeader, HeldEvent};
+use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent};
 
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
 use crate::flows::{Effects, Flows, TakeoverReport};
@@ -218,7 +217,7 @@ impl Engine {
             let Some(entry) = self.frames.next() else {
                 return false;
             };
-            let Some((header, frame)) = read_entry(&entry) else {
+            let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
             let result = classify(&header, frame, &self.shared).map(|(direction, packet)| {
@@ -252,7 +251,7 @@ impl Engine {
 
     fn take_held(&mut self) {
         while let Some(entry) = self.held.next() {
-            let Some(held) = read_held(&entry) else {
+            let Some(held) = HeldEvent::parse(&entry) else {
                 continue;
             };
             drop(entry);
@@ -334,45 +333,4 @@ fn classify<'a>(
         return Err(FrameResult::Foreign);
     }
     Ok((Direction::FromVip, packet))
-}
-
-/// Header and frame of an entry of the ring `FRAMES`.
-fn read_entry(entry: &[u8]) -> Option<(FrameHeader, &[u8])> {
-    let word = |at: usize| {
-        let bytes = entry.get(at..)?.first_chunk::<4>()?;
-        Some(u32::from_ne_bytes(*bytes))
-    };
-    let header = FrameHeader {
-        arrival_ns: u64::from_ne_bytes(*entry.first_chunk::<8>()?),
-        len: word(8)?,
-        ifindex: word(12)?,
-        direction: word(16)?,
-        l3_offset: word(20)?,
-    };
-    let frame = entry.get(FRAME_HEADER_LEN..FRAME_HEADER_LEN + header.len as usize)?;
-    Some((header, frame))
-}
-
-/// An entry of the ring `HELD`.
-fn read_held(entry: &[u8]) -> Option<HeldEvent> {
-    let word = |at: usize| {
-        let bytes = entry.get(at..)?.first_chunk::<4>()?;
-        Some(u32::from_ne_bytes(*bytes))
-    };
-    let half = |at: usize| {
-        let bytes = entry.get(at..)?.first_chunk::<2>()?;
-        Some(u16::from_ne_bytes(*bytes))
-    };
-    Some(HeldEvent {
-        at_ns: u64::from_ne_bytes(*entry.first_chunk::<8>()?),
-        flow: FlowKey {
-            client_addr: word(8)?,
-            client_port: half(12)?,
-            service_port: half(14)?,
-        },
-        seq: word(16)?,
-        ack: word(20)?,
-        flags: word(24)? & u32::from(tcp_flags::FIN | tcp_flags::RST | tcp_flags::ACK),
-        reserved: 0,
-    })
 }

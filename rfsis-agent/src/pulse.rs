@@ -154,12 +154,12 @@ impl Pulse {
             let Some(item) = self.ring.next() else {
                 return;
             };
-            let Some((arrival, frame)) = read_event(&item) else {
+            let Some(entry) = HeartbeatEvent::parse(&item) else {
                 continue;
             };
-            let parsed = self.codec.parse(frame);
             drop(item);
-            match parsed {
+            let arrival = entry.arrival_ns;
+            match self.codec.parse(entry.frame()) {
                 Ok(heartbeat) => {
                     self.handle(Event::Heartbeat { heartbeat, arrival }, now, runner);
                 }
@@ -301,14 +301,6 @@ struct Runner {
 /// Every send ends the connections of an epoch, so only a change is sent.
 fn set_services(services: &watch::Sender<State>, state: State) {
     services.send_if_modified(|current| std::mem::replace(current, state) != state);
-}
-
-/// Arrival and frame of a ring entry.
-fn read_event(entry: &[u8]) -> Option<(Nanos, &[u8])> {
-    let header = std::mem::offset_of!(HeartbeatEvent, frame);
-    let arrival = u64::from_ne_bytes(*entry.first_chunk::<8>()?);
-    let len = u32::from_ne_bytes(*entry.get(8..)?.first_chunk::<4>()?) as usize;
-    Some((arrival, entry.get(header..header + len)?))
 }
 
 /// Waits for a heartbeat, a wake-up, or the time.

@@ -56,6 +56,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_accept_errors_total", "counter"),
         ("rfsis_datagrams_total", "counter"),
         ("rfsis_held_released_total", "counter"),
+        ("rfsis_shadow_send_failures_total", "counter"),
     ]);
     assert_eq!(types, expected);
     assert!(text.contains("rfsis_build_info{version=\"1.2.3\"} 1\n"));
