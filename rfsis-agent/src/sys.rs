@@ -156,11 +156,17 @@ pub fn lock_memory() -> io::Result<()> {
 }
 
 /// Makes buffers of a shadow (64 KiB) mappings of their own: untouched pages then cost nothing, and
-/// a closed flow gives all of its pages back. Without this, glibc reuses freed blocks and clears
-/// them, which touches every page.
+/// a closed flow gives all of its pages back. Without this, glibc takes them from the top of its
+/// heap or reuses freed blocks, and clears them, which touches every page: 41 KiB instead of 9 for
+/// each idle flow.
 pub fn map_large_buffers() {
     // SAFETY: no pointers are passed. mallopt(3) is called before other threads start.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 48 * 1024) };
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 48 * 1024);
+        libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
+        // Two mappings a flow; the kernel merges neighbours.
+        libc::mallopt(libc::M_MMAP_MAX, i32::MAX);
+    }
 }
 
 /// Raises the limit of open files to what is allowed; a connection of a service takes one.
