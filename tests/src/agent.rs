@@ -319,7 +319,11 @@ impl Agent {
     #[track_caller]
     pub fn wait_metric(&self, name: &str, labels: &[(&str, &str)], least: f64) -> Metrics {
         let what = format!("{name}{labels:?} ≥ {least} on {:?}", self.host);
-        wait_until(&what, || self.metrics(), |scrape| scrape.sum(name, labels) >= least)
+        wait_until(
+            &what,
+            || self.metrics(),
+            |scrape| scrape.sum(name, labels) >= least,
+        )
     }
 
     /// GET of a path on the metrics port: status code and body.
@@ -330,7 +334,10 @@ impl Agent {
         let address = (Ipv4Addr::LOCALHOST, METRICS_PORT);
         let mut stream = self.namespace.run(|| TcpStream::connect(address))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
@@ -419,11 +426,18 @@ impl Pair {
     /// When that never comes.
     #[track_caller]
     pub fn wait_one_active(&self) -> &Agent {
-        let states = || [&self.primary, &self.backup].map(|agent| {
-            agent.status().map(|status| status["state"].clone())
-        });
+        let states = || {
+            [&self.primary, &self.backup]
+                .map(|agent| agent.status().map(|status| status["state"].clone()))
+        };
         let settled = wait_until("exactly one active node", states, |states| {
-            let count = |word| states.iter().flatten().filter(|&state| state == word).count();
+            let count = |word| {
+                states
+                    .iter()
+                    .flatten()
+                    .filter(|&state| state == word)
+                    .count()
+            };
             count("active") == 1 && count("standby") == 1
         });
         let [first, _] = settled;

@@ -83,7 +83,11 @@ impl Capture {
         let trace = wait_until(
             "the marker frame in the capture",
             || Trace::read(&self.file).ok(),
-            |trace| trace.as_ref().is_some_and(|trace| trace.frames.iter().any(is_marker)),
+            |trace| {
+                trace
+                    .as_ref()
+                    .is_some_and(|trace| trace.frames.iter().any(is_marker))
+            },
         );
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT)?;
         self.child.wait()?;
@@ -215,7 +219,11 @@ impl Trace {
             Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
         };
         // draft-ietf-opsawg-pcap: 24 bytes of file header, 16 per frame, times in microseconds.
-        ensure!(word(0) == Some(0xa1b2_c3d4), "{} is no pcap file", path.display());
+        ensure!(
+            word(0) == Some(0xa1b2_c3d4),
+            "{} is no pcap file",
+            path.display()
+        );
         let (mut frames, mut at) = (Vec::new(), 24);
         while let (Some(seconds), Some(micros), Some(length)) =
             (word(at), word(at + 4), word(at + 8))
@@ -289,7 +297,10 @@ impl Trace {
             if sent.len() < end {
                 sent.resize(end, None);
             }
-            for (at, (slot, &byte)) in sent[offset..end].iter_mut().zip(&segment.payload).enumerate()
+            for (at, (slot, &byte)) in sent[offset..end]
+                .iter_mut()
+                .zip(&segment.payload)
+                .enumerate()
             {
                 let first = *slot.get_or_insert(byte);
                 ensure!(
@@ -376,7 +387,9 @@ mod tests {
     fn a_dead_host_that_speaks_after_the_survivor_is_found() {
         let (a, b) = (Host::A.mac(), Host::B.mac());
         let [by_a, by_b] = [a, b].map(|mac| segment(mac, 1, false, false, b"x"));
-        trace([by_a.clone(), by_b.clone()]).dead_host_is_silent(a, b).unwrap();
+        trace([by_a.clone(), by_b.clone()])
+            .dead_host_is_silent(a, b)
+            .unwrap();
         let late = trace([by_a.clone(), by_b, by_a.clone()]);
         assert!(late.dead_host_is_silent(a, b).is_err());
         assert!(trace([by_a]).dead_host_is_silent(a, b).is_err());
@@ -387,7 +400,10 @@ mod tests {
         let lab = Lab::new();
         let capture = Capture::start(&lab);
         let frame = segment(Host::A.mac(), 42, false, false, b"captured");
-        Wire::open(lab.host(Host::A)).unwrap().send(&frame.bytes).unwrap();
+        Wire::open(lab.host(Host::A))
+            .unwrap()
+            .send(&frame.bytes)
+            .unwrap();
         // The frame's arrival is the event; the capture's own marker comes after it.
         let trace = capture.stop();
         let found: Vec<Segment> = trace.segments_from_vip().collect();

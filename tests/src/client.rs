@@ -92,7 +92,11 @@ impl Typist {
         if let Err(error) = self.type_line(line) {
             panic!("typing {line:?}: {error:#}");
         }
-        assert_eq!(self.read_line(PATIENCE).as_deref(), Some(line), "the echo of a typed line");
+        assert_eq!(
+            self.read_line(PATIENCE).as_deref(),
+            Some(line),
+            "the echo of a typed line"
+        );
     }
 
     /// Types a line again and again, as one does with UDP, until it is echoed.
@@ -127,8 +131,12 @@ impl Typist {
     pub fn hang_up(&mut self) -> ExitStatus {
         drop(self.keyboard.take());
         let child = &mut self.child;
-        wait_until("nc to end", || child.try_wait().ok().flatten(), Option::is_some)
-            .unwrap_or_default()
+        wait_until(
+            "nc to end",
+            || child.try_wait().ok().flatten(),
+            Option::is_some,
+        )
+        .unwrap_or_default()
     }
 }
 
@@ -197,7 +205,10 @@ impl Connecting {
             nix::poll::PollFlags::POLLOUT,
         )];
         let limit = u16::try_from(PATIENCE.as_millis()).unwrap_or(u16::MAX);
-        ensure!(nix::poll::poll(&mut ready, limit)? == 1, "handshake timed out");
+        ensure!(
+            nix::poll::poll(&mut ready, limit)? == 1,
+            "handshake timed out"
+        );
         if let Some(error) = socket.take_error()? {
             return Err(error).context("handshake");
         }
@@ -263,7 +274,9 @@ pub fn echo_exactly(stream: &TcpStream, total: u64, seed: u64, progress: &Atomic
             // The sender may be stuck in a write: nothing more is to be learnt from it.
             stream.shutdown(Shutdown::Both).ok();
         }
-        let sent = sender.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let sent = sender
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         received.and(sent)
     })
 }
@@ -301,7 +314,11 @@ fn check_stream(
             let read = stream
                 .read(&mut found[filled..])
                 .with_context(|| format!("reading at offset {}", offset + filled as u64))?;
-            ensure!(read > 0, "end of stream at offset {} of {total}", offset + filled as u64);
+            ensure!(
+                read > 0,
+                "end of stream at offset {} of {total}",
+                offset + filled as u64
+            );
             filled += read;
             progress.fetch_add(read as u64, Ordering::Relaxed);
         }
@@ -325,7 +342,10 @@ fn check_stream(
 /// When more bytes come, or a reset.
 pub fn expect_end(mut stream: &TcpStream) -> Result<()> {
     let mut byte = [0];
-    match stream.read(&mut byte).context("waiting for the server's FIN")? {
+    match stream
+        .read(&mut byte)
+        .context("waiting for the server's FIN")?
+    {
         0 => Ok(()),
         _ => bail!("byte {} beyond the end", byte[0]),
     }

@@ -133,9 +133,11 @@ impl Lab {
             "ip link add {port} type veth peer name eth0 netns {}",
             inside.path().display()
         ))?;
-        self.bridge.sh(&format!("ip link set {port} mtu {mtu} master br0"))?;
+        self.bridge
+            .sh(&format!("ip link set {port} mtu {mtu} master br0"))?;
         let flood = "learning off flood on mcast_flood on bcast_flood on";
-        self.bridge.sh(&format!("bridge link set dev {port} {flood}"))?;
+        self.bridge
+            .sh(&format!("bridge link set dev {port} {flood}"))?;
         self.bridge.sh(&format!("ip link set {port} up"))?;
         inside.sh("ip link set lo up")?;
         let mac = host.mac_text();
@@ -204,7 +206,9 @@ mod tests {
     fn ping(lab: &Lab, from: Host, to: Host) -> bool {
         let address = to.address().to_string();
         // One try a look: the caller repeats.
-        let listener = lab.host(to).run(|| std::net::TcpListener::bind((to.address(), 4000)));
+        let listener = lab
+            .host(to)
+            .run(|| std::net::TcpListener::bind((to.address(), 4000)));
         let Ok(_listener) = listener else {
             return false;
         };
@@ -224,9 +228,18 @@ mod tests {
         }
         lab.cut(Host::A);
         assert!(!ping(&lab, Host::Client, Host::A));
-        assert!(lab.host(Host::A).sh("ip link show eth0").unwrap().contains("NO-CARRIER"));
+        assert!(
+            lab.host(Host::A)
+                .sh("ip link show eth0")
+                .unwrap()
+                .contains("NO-CARRIER")
+        );
         lab.mend(Host::A);
-        wait_until("a connection", || ping(&lab, Host::Client, Host::A), |&reached| reached);
+        wait_until(
+            "a connection",
+            || ping(&lab, Host::Client, Host::A),
+            |&reached| reached,
+        );
     }
 
     #[test]
@@ -240,6 +253,9 @@ mod tests {
                 .run(|| std::fs::read_to_string("/proc/sys/net/ipv4/tcp_sack"))
                 .unwrap()
         };
-        assert_eq!((sack(Host::Client).trim(), sack(Host::A).trim()), ("0", "1"));
+        assert_eq!(
+            (sack(Host::Client).trim(), sack(Host::A).trim()),
+            ("0", "1")
+        );
     }
 }

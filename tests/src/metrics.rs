@@ -67,7 +67,10 @@ mod tests {
     fn sums_pick_series_by_name_and_labels() {
         let metrics = Metrics::parse(SCRAPE);
         assert_eq!(metrics.sum("rfsis_epoch", &[]), 2.0);
-        assert_eq!(metrics.sum("rfsis_heartbeats_total", &[("result", "ok")]), 12.0);
+        assert_eq!(
+            metrics.sum("rfsis_heartbeats_total", &[("result", "ok")]),
+            12.0
+        );
         let received = [("result", "ok"), ("direction", "received")];
         assert_eq!(metrics.sum("rfsis_heartbeats_total", &received), 7.0);
         assert!(metrics.has("rfsis_epoch") && !metrics.has("rfsis_epo"));
@@ -79,7 +82,10 @@ mod tests {
         let after = Metrics::parse("rfsis_epoch 2\nrfsis_same 4\nrfsis_new 1\n");
         assert_eq!(
             after.changed_since(&before),
-            [("rfsis_epoch".into(), 1.0, 2.0), ("rfsis_new".into(), 0.0, 1.0)]
+            [
+                ("rfsis_epoch".into(), 1.0, 2.0),
+                ("rfsis_new".into(), 0.0, 1.0)
+            ]
         );
     }
 }

@@ -174,7 +174,14 @@ fn enter() -> Result<File> {
     mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), NONE).context("/run")?;
     mount(Some("sys"), "/sys", Some("sysfs"), MsFlags::empty(), NONE).context("/sys")?;
     // A kernel without bpffs runs RFSIS all the same: nothing is pinned.
-    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), NONE).ok();
+    mount(
+        Some("bpf"),
+        "/sys/fs/bpf",
+        Some("bpf"),
+        MsFlags::empty(),
+        NONE,
+    )
+    .ok();
     for scope in ["all", "default"] {
         let key = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
         // Missing where the kernel has no IPv6 at all.

@@ -77,16 +77,12 @@ impl Wire {
         let mut buffer = vec![0; SNAP];
         while Instant::now() < deadline {
             let mut parts = [IoSliceMut::new(&mut buffer)];
-            let length = match recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut parts,
-                None,
-                MsgFlags::empty(),
-            ) {
-                Ok(message) => message.bytes,
-                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => continue,
-                Err(error) => return Err(error).context("hearing frames"),
-            };
+            let length =
+                match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, None, MsgFlags::empty()) {
+                    Ok(message) => message.bytes,
+                    Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => continue,
+                    Err(error) => return Err(error).context("hearing frames"),
+                };
             if let Some(found) = pick(&buffer[..length]) {
                 return Ok(Some(found));
             }
@@ -118,7 +114,9 @@ mod tests {
         from_b.send(&answer).unwrap();
         sender.send(&frame).unwrap();
         let heard = bystander
-            .hear(crate::patience::PATIENCE, |heard| (heard == frame).then_some(()))
+            .hear(crate::patience::PATIENCE, |heard| {
+                (heard == frame).then_some(())
+            })
             .unwrap();
         assert_eq!(heard, Some(()));
     }
