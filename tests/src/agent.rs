@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::lab::{Host, Lab, VIP};
 use crate::metrics::Metrics;
 use crate::netns::{Namespace, mortal};
-use crate::patience::{PATIENCE, wait_until};
+use crate::patience::wait_until;
 
 /// Port of `/metrics` in every lab.
 pub const METRICS_PORT: u16 = 9500;
@@ -369,6 +369,17 @@ pub fn run_agent(namespace: &Namespace, config: &Path, arguments: &[&str]) -> Ou
         .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
+/// A way for a host to die.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// `kill -9` of the agent: the kernel goes on without it.
+    Kill9,
+    /// `kill -STOP`: hung, with everything still open.
+    Stop,
+    /// The cable is pulled: the host lives and knows nothing of it.
+    LinkCut,
+}
+
 /// Primary on node a, active; backup on node b, standby; both ready.
 #[derive(Debug)]
 pub struct Pair {
@@ -411,6 +422,22 @@ impl Pair {
         Self { primary, backup }
     }
 
+    /// Lets the primary's host die. Returns when it did.
+    ///
+    /// # Panics
+    /// When it is dead already.
+    pub fn primary_dies(&mut self, lab: &Lab, death: Death) -> Instant {
+        match death {
+            Death::Kill9 => self.primary.kill9(),
+            Death::Stop => self.primary.stop(),
+            Death::LinkCut => {
+                let pulled = Instant::now();
+                lab.cut(self.primary.host());
+                pulled
+            }
+        }
+    }
+
     /// Waits until the backup is active.
     ///
     /// # Panics
@@ -448,6 +475,3 @@ impl Pair {
         }
     }
 }
-
-/// Longest that a lapsed lease or a takeover may take in a test that only asks *whether* it comes.
-pub const TAKEOVER_LIMIT: Duration = PATIENCE;

@@ -271,42 +271,39 @@ impl Trace {
     /// # Errors
     /// Names the first byte that changed.
     pub fn no_byte_from_vip_changed(&self) -> Result<()> {
-        // Per client port and service port: initial sequence number, and the stream as first sent.
-        let mut streams: HashMap<(u16, u16), (u32, Vec<Option<u8>>)> = HashMap::new();
+        let mut streams: HashMap<(u16, u16), SentStream> = HashMap::new();
         for segment in self.segments_from_vip().filter(|segment| !segment.rst) {
-            let key = (segment.destination.1, segment.source.1);
-            if segment.syn {
-                let (isn, sent) = streams.entry(key).or_insert((segment.seq, Vec::new()));
+            let ports = (segment.destination.1, segment.source.1);
+            let stream = if segment.syn {
+                let stream = streams.entry(ports).or_insert_with(|| SentStream {
+                    isn: segment.seq,
+                    bytes: Vec::new(),
+                });
+                let isn = stream.isn;
                 ensure!(
-                    *isn == segment.seq,
-                    "{key:?}: a SYN-ACK with sequence {} after one with {isn}",
-                    segment.seq
+                    isn == segment.seq,
+                    "{ports:?}: another SYN-ACK than {isn}: {segment:?}"
                 );
-                debug_assert!(sent.is_empty() || *isn == segment.seq);
                 continue;
-            }
-            let Some((isn, sent)) = streams.get_mut(&key) else {
+            } else if let Some(stream) = streams.get_mut(&ports) {
+                stream
+            } else {
                 continue;
             };
-            let offset = segment.seq.wrapping_sub(isn.wrapping_add(1)) as usize;
-            let end = offset + segment.payload.len();
-            // A keep-alive or a probe lies one before the first byte.
+            let offset = segment.seq.wrapping_sub(stream.isn.wrapping_add(1)) as usize;
+            // A keep-alive lies one before the first byte (RFC 9293 section 3.8.4).
             if offset > u32::MAX as usize / 2 {
                 continue;
             }
-            if sent.len() < end {
-                sent.resize(end, None);
+            let end = offset + segment.payload.len();
+            if stream.bytes.len() < end {
+                stream.bytes.resize(end, None);
             }
-            for (at, (slot, &byte)) in sent[offset..end]
-                .iter_mut()
-                .zip(&segment.payload)
-                .enumerate()
-            {
-                let first = *slot.get_or_insert(byte);
+            for (at, &byte) in (offset..).zip(&segment.payload) {
+                let first = *stream.bytes[at].get_or_insert(byte);
                 ensure!(
                     first == byte,
-                    "{key:?}: the byte at offset {} was {first:#04x} and is now {byte:#04x}",
-                    offset + at
+                    "{ports:?}: the byte at offset {at} was {first:#04x} and is now {byte:#04x}"
                 );
             }
         }
@@ -331,6 +328,13 @@ impl Trace {
             None => Ok(()),
         }
     }
+}
+
+/// What a connection of the VIP has sent.
+struct SentStream {
+    isn: u32,
+    /// By stream offset, as first sent.
+    bytes: Vec<Option<u8>>,
 }
 
 #[cfg(test)]

@@ -138,12 +138,17 @@ impl Lab {
         let flood = "learning off flood on mcast_flood on bcast_flood on";
         self.bridge
             .sh(&format!("bridge link set dev {port} {flood}"))?;
+        // A cable carries VLAN tags inside the frame, not beside it.
+        let inside_frame = "rxvlan off txvlan off tx-vlan-stag-hw-insert off";
+        self.bridge
+            .sh(&format!("ethtool -K {port} {inside_frame}"))?;
         self.bridge.sh(&format!("ip link set {port} up"))?;
         inside.sh("ip link set lo up")?;
         let mac = host.mac_text();
         inside.sh(&format!("ip link set eth0 mtu {mtu} address {mac}"))?;
         // veth hands on unfinished checksums and frames above the MTU; a cable does not.
         inside.sh("ethtool -K eth0 tx off tso off gso off gro off")?;
+        inside.sh(&format!("ethtool -K eth0 {inside_frame}"))?;
         inside.sh(&format!("ip addr add {}/24 dev eth0", host.address()))?;
         inside.sh("ip link set eth0 up")?;
         Ok(())

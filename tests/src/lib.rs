@@ -8,12 +8,17 @@
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod forge;
+pub mod interrupt;
 pub mod lab;
 pub mod metrics;
 pub mod netns;
 pub mod patience;
+pub mod pulse;
+pub mod report;
 pub mod wire;
 
-pub use agent::{Agent, Pair, Settings};
-pub use capture::Capture;
-pub use lab::{Host, Lab, LabOptions};
+pub use agent::{Agent, Death, Pair, Settings};
+pub use capture::{Capture, Trace};
+pub use client::Typist;
+pub use lab::{Host, Lab, LabOptions, VIP};
