@@ -133,6 +133,15 @@ impl CapturedFrame {
         }
     }
 
+    /// ICMP type 3 (RFC 792).
+    fn is_unreachable_from_vip(&self) -> bool {
+        let packet = SlicedPacket::from_ethernet(&self.bytes).ok();
+        let transport = packet.and_then(|packet| packet.transport);
+        let unreachable =
+            matches!(transport, Some(TransportSlice::Icmpv4(icmp)) if icmp.type_u8() == 3);
+        unreachable && self.ipv4_source() == Some(VIP)
+    }
+
     /// The ARP packet in it (RFC 826, Ethernet and IPv4).
     pub fn arp(&self) -> Option<Arp> {
         let arp = self.bytes.get(14..42)?;
@@ -255,13 +264,21 @@ impl Trace {
             .filter(move |frame| frame.source_mac() == Some(mac) && frame.is_from_vip())
     }
 
-    /// That the VIP never reset a connection.
+    /// That the VIP never refused anybody: no TCP reset, and no ICMP "destination unreachable",
+    /// which is what a UDP client sees of a dead server.
     ///
     /// # Errors
-    /// Names the first reset.
+    /// Names the first refusal.
     pub fn no_reset_from_vip(&self) -> Result<()> {
-        match self.segments_from_vip().find(|segment| segment.rst) {
-            Some(reset) => bail!("the VIP sent a reset: {reset:?}"),
+        if let Some(reset) = self.segments_from_vip().find(|segment| segment.rst) {
+            bail!("the VIP sent a reset: {reset:?}");
+        }
+        match self
+            .frames
+            .iter()
+            .find(|frame| frame.is_unreachable_from_vip())
+        {
+            Some(frame) => bail!("the VIP sent an ICMP unreachable: {frame:?}"),
             None => Ok(()),
         }
     }
@@ -370,6 +387,17 @@ mod tests {
         fine.no_reset_from_vip().unwrap();
         let reset = trace([segment(b, 1, false, true, b"")]);
         assert!(reset.no_reset_from_vip().is_err());
+        let mut bytes = Vec::new();
+        PacketBuilder::ethernet2(a, Host::Client.mac())
+            .ipv4(VIP.octets(), Host::Client.address().octets(), 64)
+            .icmpv4_raw(3, 3, [0; 4])
+            .write(&mut bytes, &[0; 28])
+            .unwrap();
+        let refused = trace([CapturedFrame {
+            at: UNIX_EPOCH,
+            bytes,
+        }]);
+        assert!(refused.no_reset_from_vip().is_err());
     }
 
     #[test]

@@ -108,6 +108,8 @@ impl Typist {
         let found = wait_until(
             "a datagram to be echoed",
             || {
+                // What is typed into an nc that has ended may go unnoticed.
+                assert!(self.is_connected(), "nc -u has ended: it was refused");
                 self.type_line(line).ok();
                 self.read_line(Duration::from_millis(100))
             },

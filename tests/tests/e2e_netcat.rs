@@ -56,9 +56,9 @@ fn udp_echo_goes_on(death: Death) {
     let mut nc = Typist::udp(&lab, port::ECHO);
     nc.echoes_in_the_end("typed before");
     pair.primary_dies(&lab, death);
+    // While nobody answers, nobody may say "port unreachable" either: nc would end.
     nc.echoes_in_the_end("typed afterwards");
     pair.wait_takeover();
-    assert!(nc.is_connected());
     assert_clean_handover(&capture.stop());
 }
 

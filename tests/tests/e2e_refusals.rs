@@ -48,7 +48,7 @@ fn check_names_line_and_field_of_every_bad_config() {
         ("cluster: lab\n", "", &["cluster"]),
         ("100/24", "100", &["refused.yaml:3:", "virtual_ip"]),
         ("100/24", "100/33", &["refused.yaml:3:", "virtual_ip"]),
-        ("100/24", "1/24", &["virtual_ip"]),
+        ("100/24", "1/24", &["nodes[0]", "virtual IP"]),
         (
             "192.168.1.100/24",
             "10.9.9.9/24",
