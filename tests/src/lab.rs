@@ -116,6 +116,13 @@ impl Lab {
         for (key, value) in &options.client_sysctls {
             lab.client.sysctl(key, value)?;
         }
+        // With br_netfilter a bridge checks IP headers and drops bad frames; a hub does not.
+        for layer in ["arptables", "ip6tables", "iptables"] {
+            // Missing where the kernel has no br_netfilter.
+            lab.bridge
+                .sysctl(&format!("bridge/bridge-nf-call-{layer}"), "0")
+                .ok();
+        }
         let mtu = options.mtu.unwrap_or(1500);
         lab.bridge.sh(&format!(
             "ip link add br0 mtu {mtu} type bridge ageing_time 0 forward_delay 0 mcast_snooping 0"

@@ -34,16 +34,15 @@ fn connections(lab: &Lab, count: usize, port: u16) -> Vec<TcpStream> {
 /// The client drops SYN-ACKs that arrive while `body` runs.
 fn without_syn_acks<T>(lab: &Lab, body: impl FnOnce() -> T) -> T {
     let client = lab.client();
-    client.sh("tc qdisc add dev eth0 clsact").unwrap();
-    // Byte 33 of an IPv4 packet without options holds the TCP flags; 6 is TCP.
-    let syn_ack = "u32 match ip protocol 6 0xff match u8 0x12 0xff at 33";
+    client.sh("nft add table ip deaf").unwrap();
     client
-        .sh(&format!(
-            "tc filter add dev eth0 ingress protocol ip {syn_ack} action drop"
-        ))
+        .sh("nft add chain ip deaf in { type filter hook input priority 0 ; }")
+        .unwrap();
+    client
+        .sh("nft add rule ip deaf in tcp flags == syn|ack drop")
         .unwrap();
     let result = body();
-    client.sh("tc qdisc del dev eth0 clsact").unwrap();
+    client.sh("nft delete table ip deaf").unwrap();
     result
 }
 

@@ -92,7 +92,7 @@ fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
     let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
     agent.wait_state("active");
     let filters = node.sh("tc filter show dev eth0 egress").unwrap();
-    assert_eq!(filters.matches("rfsis_gate").count(), 1, "{filters}");
+    assert_eq!(filters.matches(" name rfsis_gate ").count(), 1, "{filters}");
     assert_eq!(agent.terminate().code(), Some(0));
     assert_eq!(configuration(node), before);
 }

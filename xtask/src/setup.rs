@@ -8,13 +8,14 @@ use crate::ebpf::{LINKED_TOOLCHAIN, Toolchain};
 use crate::shell::{ask, command, find, has, root_prefix, run_quietly};
 
 /// Programs that the tests and the demo run, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
     ("nc.openbsd", "netcat-openbsd"),
     ("tcpdump", "tcpdump"),
     ("ethtool", "ethtool"),
+    ("nft", "nftables"),
     ("setpriv", "util-linux"),
     ("cc", "build-essential"),
 ];
