@@ -1,1 +1,24 @@
-//! End-to-end tests.
+//! A LAN in a box, and the tools to watch what RFSIS does to it. Needs root.
+//!
+//! [`Lab`] is two nodes, a client and a flooding bridge, each in an anonymous network namespace
+//! ([`netns`]); [`Agent`] is a running `rfsis-agent` on a node; [`client`] types and transfers like
+//! a client would; [`capture`] and [`wire`] see and send frames. All of it goes away with the
+//! process that made it, however that ends.
+
+pub mod agent;
+pub mod capture;
+pub mod client;
+pub mod forge;
+pub mod interrupt;
+pub mod lab;
+pub mod metrics;
+pub mod netns;
+pub mod patience;
+pub mod pulse;
+pub mod report;
+pub mod wire;
+
+pub use agent::{Agent, Death, Pair, Settings};
+pub use capture::{Capture, Trace};
+pub use client::Typist;
+pub use lab::{Host, Lab, LabOptions, VIP};

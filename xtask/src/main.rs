@@ -1,1 +1,62 @@
-fn main() {}
+//! `cargo xtask`: everything a developer or CI runs. On a fresh Debian each command sets up first.
+
+mod ebpf;
+mod run;
+mod setup;
+mod shell;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Set up, build, show, test and measure RFSIS"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building and testing need; says each step, does nothing twice
+    Setup,
+    /// Build the eBPF object and the agent (release)
+    Build,
+    /// Two nodes and a client in namespaces: watch a netcat session survive its server
+    Demo,
+    /// Run all tests, the root part included
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check formatting and run clippy on everything, warnings being errors
+    Lint,
+    /// What CI runs: plain build, lint, test
+    Ci,
+    /// Measure and print tables
+    Bench {
+        /// Runs per figure
+        #[arg(long, default_value_t = 20)]
+        runs: u32,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    let outcome = match Arguments::parse().task {
+        Task::Setup => setup::setup().map(drop),
+        Task::Build => run::build(),
+        Task::Demo => run::demo(),
+        Task::Test { filter } => run::test(filter.as_deref()),
+        Task::Lint => run::lint(),
+        Task::Ci => run::ci(),
+        Task::Bench { runs } => run::bench(runs),
+    };
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Two hundred connections in every state while the primary dies.
+
+#![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tests::agent::port;
+use tests::client::{
+    begin_connect, chargen_exactly, connect, echo_exactly, expect_end, tcp_sockets, tcp_state,
+};
+use tests::patience::wait_until;
+use tests::{Capture, Death, Host, Lab, Pair, Settings, VIP};
+
+const IDLE: usize = 40;
+const TRANSFERS: usize = 60;
+const HALF_CLOSED_BY_CLIENT: usize = 40;
+const HALF_CLOSED_BY_SERVER: usize = 40;
+/// The server's half of the handshake has come; the client's final ACK has not.
+const ANSWERED: usize = 10;
+/// The client's SYN meets nobody.
+const UNANSWERED: usize = 10;
+
+/// Bytes of each transfer.
+const TRANSFER: u64 = 512 << 10;
+/// Bytes read of chargen before and after the kill.
+const GENERATED: u64 = 256 << 10;
+
+fn connections(lab: &Lab, count: usize, port: u16) -> Vec<TcpStream> {
+    (0..count).map(|_| connect(lab, port).unwrap()).collect()
+}
+
+/// The client drops SYN-ACKs that arrive while `body` runs.
+fn without_syn_acks<T>(lab: &Lab, body: impl FnOnce() -> T) -> T {
+    let client = lab.client();
+    client.sh("nft add table ip deaf").unwrap();
+    client
+        .sh("nft add chain ip deaf in { type filter hook input priority 0 ; }")
+        .unwrap();
+    client
+        .sh("nft add rule ip deaf in tcp flags == syn|ack drop")
+        .unwrap();
+    let result = body();
+    client.sh("nft delete table ip deaf").unwrap();
+    result
+}
+
+#[test]
+fn two_hundred_connections_in_all_states_survive_a_kill() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let capture = Capture::start(&lab);
+
+    let idle = connections(&lab, IDLE, port::ECHO);
+    let by_client = connections(&lab, HALF_CLOSED_BY_CLIENT, port::CHARGEN);
+    for stream in &by_client {
+        stream.shutdown(Shutdown::Write).unwrap();
+        chargen_exactly(stream, 0, GENERATED, &AtomicU64::new(0)).unwrap();
+    }
+    let by_server = connections(&lab, HALF_CLOSED_BY_SERVER, port::DAYTIME);
+    for mut stream in &by_server {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.ends_with("\r\n"), "{text:?}");
+    }
+    let transfers = connections(&lab, TRANSFERS, port::ECHO);
+    let progress: Vec<AtomicU64> = transfers.iter().map(|_| AtomicU64::new(0)).collect();
+
+    std::thread::scope(|scope| {
+        let (answered, running) = without_syn_acks(&lab, || {
+            let answered: Vec<_> = (0..ANSWERED)
+                .map(|_| begin_connect(&lab, port::ECHO).unwrap())
+                .collect();
+            pair.backup.wait_flows("handshake", ANSWERED as u64);
+            let running: Vec<_> = transfers
+                .iter()
+                .zip(&progress)
+                .zip(10..)
+                .map(|((stream, progress), seed)| {
+                    scope.spawn(move || echo_exactly(stream, TRANSFER, seed, progress))
+                })
+                .collect();
+            let done = || {
+                progress
+                    .iter()
+                    .map(|bytes| bytes.load(Ordering::Relaxed))
+                    .sum()
+            };
+            wait_until("the transfers to be under way", done, |&bytes: &u64| {
+                bytes > TRANSFERS as u64 * TRANSFER / 4
+            });
+            pair.primary_dies(&lab, Death::Kill9);
+            (answered, running)
+        });
+        let unfinished = progress
+            .iter()
+            .filter(|bytes| bytes.load(Ordering::Relaxed) < TRANSFER);
+        assert!(
+            unfinished.count() >= TRANSFERS / 2,
+            "they were in the middle of it"
+        );
+        let unanswered: Vec<_> = (0..UNANSWERED)
+            .map(|_| begin_connect(&lab, port::ECHO).unwrap())
+            .collect();
+
+        for (connecting, seed) in answered.into_iter().chain(unanswered).zip(1_000..) {
+            let stream = connecting.finish().unwrap();
+            echo_exactly(&stream, 10_000, seed, &AtomicU64::new(0)).unwrap();
+        }
+        for transfer in running {
+            transfer.join().unwrap().unwrap();
+        }
+    });
+    for (stream, seed) in idle.iter().zip(2_000..) {
+        echo_exactly(stream, 10_000, seed, &AtomicU64::new(0)).unwrap();
+    }
+    for stream in &by_client {
+        chargen_exactly(stream, GENERATED, GENERATED, &AtomicU64::new(0)).unwrap();
+    }
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace.no_byte_from_vip_changed().unwrap();
+    trace
+        .dead_host_is_silent(Host::A.mac(), Host::B.mac())
+        .unwrap();
+
+    for stream in &by_server {
+        expect_end(stream).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert!(stream.take_error().unwrap().is_none(), "not reset");
+    }
+    // Each FIN of the client's must be acknowledged by somebody who knows the connection.
+    wait_until(
+        "the half-closed connections to end",
+        || {
+            let sockets = tcp_sockets(lab.client(), VIP).into_iter();
+            sockets
+                .filter(|(_, state)| *state == tcp_state::LAST_ACK)
+                .count()
+        },
+        |&waiting| waiting == 0,
+    );
+    pair.wait_takeover();
+}
+
+#[test]
+fn a_connection_that_ends_after_the_takeover_ends_properly() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let mut stream = connect(&lab, port::ECHO).unwrap();
+    stream.write_all(b"before").unwrap();
+    let mut back = [0; 6];
+    stream.read_exact(&mut back).unwrap();
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    echo_exactly(&stream, 1000, 3, &AtomicU64::new(0)).unwrap();
+    // Nothing is left of it on the survivor either.
+    pair.backup.wait_flows("live", 0);
+}

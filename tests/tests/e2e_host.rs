@@ -1,0 +1,184 @@
+//! What the agent leaves on the host: nothing after a stop, silence after a death.
+
+#![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
+use std::net::TcpListener;
+
+use tests::agent::port;
+use tests::forge::malformed;
+use tests::netns::Namespace;
+use tests::patience::wait_until;
+use tests::wire::Wire;
+use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
+
+/// Everything about the host's network that the agent might touch.
+fn configuration(host: &Namespace) -> String {
+    [
+        "ip -o addr show",
+        "ip -o -d link show eth0",
+        "ip -o rule show",
+        "ip -o route show table all",
+        "tc qdisc show",
+        "tc filter show dev eth0 egress",
+        "tc filter show dev eth0 ingress",
+        "grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv4/neigh",
+    ]
+    .map(|line| {
+        // `tc filter` fails where there is no clsact qdisc: that too is to be as before.
+        let shown = host.sh(line).unwrap_or_else(|error| error.to_string());
+        format!("$ {line}\n{shown}")
+    })
+    .join("")
+}
+
+#[test]
+fn sigterm_leaves_the_host_as_it_was_found() {
+    let lab = Lab::new();
+    let node = lab.host(Host::A);
+    let before = configuration(node);
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    agent.wait_state("active");
+    assert_ne!(
+        configuration(node),
+        before,
+        "the agent does configure something"
+    );
+    assert_eq!(agent.terminate().code(), Some(0));
+    assert_eq!(configuration(node), before);
+}
+
+#[test]
+fn an_address_that_the_operator_configured_stays_after_sigterm() {
+    let lab = Lab::new();
+    let node = lab.host(Host::A);
+    node.sh(&format!("ip addr add {VIP}/24 dev eth0")).unwrap();
+    let before = configuration(node);
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    agent.wait_state("active");
+    assert_eq!(agent.terminate().code(), Some(0));
+    assert_eq!(configuration(node), before);
+}
+
+#[test]
+fn cleanup_after_kill_9_leaves_the_host_as_it_was_found() {
+    let lab = Lab::new();
+    let node = lab.host(Host::A);
+    let before = configuration(node);
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    agent.wait_state("active");
+    agent.kill9();
+    assert_ne!(configuration(node), before, "the gate outlives the agent");
+    let cleanup = agent.ask(&["cleanup"]);
+    assert!(
+        cleanup.status.success(),
+        "{}",
+        String::from_utf8_lossy(&cleanup.stderr)
+    );
+    assert_eq!(configuration(node), before);
+    assert!(
+        agent.ask(&["cleanup"]).status.success(),
+        "a second time does nothing"
+    );
+}
+
+#[test]
+fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
+    let lab = Lab::new();
+    let node = lab.host(Host::A);
+    let before = configuration(node);
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    agent.wait_state("active");
+    agent.kill9();
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    agent.wait_state("active");
+    let filters = node.sh("tc filter show dev eth0 egress").unwrap();
+    assert_eq!(filters.matches(" name rfsis_gate ").count(), 1, "{filters}");
+    assert_eq!(agent.terminate().code(), Some(0));
+    assert_eq!(configuration(node), before);
+}
+
+#[test]
+fn a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    nc.echoes("the lease of the dead is over");
+
+    let capture = Capture::start(&lab);
+    let dead = lab.host(Host::A);
+    let heard = || received_segments(dead);
+    let before = heard();
+    let wire = Wire::open(lab.client()).unwrap();
+    // ARP for the VIP by everybody's broadcast, SYNs and stray segments to the dead host's own MAC:
+    // its kernel has the address and the listeners still.
+    lab.client()
+        .sh(&format!("ip neigh flush to {VIP}"))
+        .unwrap();
+    for kind in malformed(Host::A) {
+        wire.send(&kind.frame).unwrap();
+    }
+    for number in 0..20 {
+        nc.echoes(&format!("line {number}"));
+    }
+    wait_until("its kernel to have got segments", heard, |&now| {
+        now > before
+    });
+    let trace = capture.stop();
+    assert_eq!(trace.from_vip_by(Host::A.mac()).count(), 0);
+    assert!(trace.from_vip_by(Host::B.mac()).count() > 20);
+}
+
+/// TCP segments that the kernel of the namespace has received (RFC 2012, tcpInSegs).
+fn received_segments(namespace: &Namespace) -> u64 {
+    let counters = namespace
+        .run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))
+        .unwrap();
+    let mut lines = counters.lines().filter(|line| line.starts_with("Tcp:"));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let column = names.split(' ').position(|name| name == "InSegs").unwrap();
+    values.split(' ').nth(column).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on() {
+    let lab = Lab::new();
+    let primary = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    primary.wait_state("active");
+    let capture = Capture::start(&lab);
+    let backup = Agent::start(&lab, Host::B, "backup", &Settings::default());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    wait_until(
+        "the backup to be ready",
+        || backup.status(),
+        |status| {
+            lab.client()
+                .sh(&format!("ip neigh flush to {VIP}"))
+                .unwrap();
+            nc.echoes("meanwhile");
+            status
+                .as_ref()
+                .is_some_and(|status| status["ready"] == true)
+        },
+    );
+    let trace = capture.stop();
+    assert_eq!(trace.from_vip_by(Host::B.mac()).count(), 0);
+    trace.no_reset_from_vip().unwrap();
+}
+
+#[test]
+fn a_metrics_port_in_use_stops_the_start_and_leaves_the_host_as_it_was_found() {
+    let lab = Lab::new();
+    let node = lab.host(Host::A);
+    let before = configuration(node);
+    let _holder = node
+        .run(|| TcpListener::bind(("0.0.0.0", tests::agent::METRICS_PORT)))
+        .unwrap();
+    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    assert_eq!(agent.await_exit().code(), Some(1), "{}", agent.log());
+    assert!(agent.log().contains("9500"), "{}", agent.log());
+    assert_eq!(configuration(node), before);
+}

@@ -1,0 +1,143 @@
+//! Who is active, whatever happens: exactly one in the end.
+
+use std::time::Duration;
+
+use tests::agent::port;
+use tests::patience::wait_until;
+use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
+
+#[test]
+fn a_stopped_and_continued_active_ends_with_exactly_one_active() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Stop);
+    // The scenario: a second of standstill, as from a paused virtual machine.
+    std::thread::sleep(Duration::from_secs(1));
+    pair.primary.cont();
+    let active = pair.wait_one_active();
+    assert_eq!(active.host(), Host::B, "the higher epoch wins");
+    nc.echoes("after");
+}
+
+#[test]
+fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    pair.primary_dies(&lab, Death::LinkCut);
+    pair.wait_takeover();
+    let capture = Capture::start(&lab);
+    lab.mend(Host::A);
+    assert_eq!(pair.wait_one_active().host(), Host::B);
+    let loser = pair.primary.wait_state("standby");
+    let winner = pair.backup.status().unwrap();
+    assert_eq!(loser["peer"]["epoch"], winner["epoch"]);
+    Typist::tcp(&lab, port::ECHO).echoes("to the winner");
+    let announcements = capture.stop();
+    let announcements = announcements
+        .from_vip_by(Host::B.mac())
+        .filter_map(|frame| frame.arp())
+        .filter(|arp| arp.target == VIP);
+    assert!(
+        announcements.count() > 0,
+        "gratuitous ARP after the link was mended"
+    );
+}
+
+#[test]
+fn a_restarted_primary_becomes_standby_while_the_backup_is_active() {
+    let lab = Lab::new();
+    let settings = Settings::default();
+    let mut pair = Pair::start(&lab, &settings);
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Kill9);
+    let active = pair.wait_takeover();
+    nc.echoes("while the primary is gone");
+    pair.primary = Agent::start(&lab, Host::A, "primary", &settings);
+    let restarted = pair
+        .primary
+        .wait_status("a peer", |status| status["peer"]["state"] == "active");
+    assert_eq!(restarted["state"], "standby");
+    let backup = pair
+        .backup
+        .wait_status("its peer", |status| status["peer"]["state"] == "standby");
+    assert_eq!(
+        (&backup["state"], &backup["epoch"]),
+        (&active["state"], &active["epoch"])
+    );
+    nc.echoes("beside the restarted primary");
+}
+
+#[test]
+fn the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn() {
+    let lab = Lab::new();
+    let settings = Settings::default();
+    let mut pair = Pair::start(&lab, &settings);
+    pair.primary_dies(&lab, Death::Kill9);
+    let first = pair.wait_takeover();
+    pair.primary = Agent::start(&lab, Host::A, "primary", &settings);
+    pair.primary
+        .wait_status("ready", |status| status["ready"] == true);
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("with the backup");
+    pair.primary.wait_flows("lockstep", 1);
+    pair.backup.kill9();
+    nc.echoes("with the primary again");
+    let second = pair.primary.wait_state("active");
+    assert!(second["epoch"].as_u64() > first["epoch"].as_u64());
+}
+
+#[test]
+fn a_backup_that_hears_nobody_becomes_active_after_the_startup_grace() {
+    let lab = Lab::new();
+    let backup = Agent::start(&lab, Host::B, "backup", &Settings::default());
+    let early = wait_until("its first status", || backup.status(), Option::is_some);
+    let active = backup.wait_state("active");
+    assert_eq!(active["failovers"], 0, "a start is no failover: {active:#}");
+    assert_eq!(
+        early.unwrap()["state"],
+        "standby",
+        "not before the grace of a second"
+    );
+    assert!(active["uptime_seconds"].as_f64() >= Some(1.0), "{active:#}");
+    Typist::tcp(&lab, port::ECHO).echoes("served by the backup");
+}
+
+#[test]
+fn a_primary_that_leaves_in_order_is_followed_by_the_backup() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    let capture = Capture::start(&lab);
+    assert!(pair.primary.terminate().success());
+    nc.echoes("after");
+    pair.wait_takeover();
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace
+        .dead_host_is_silent(Host::A.mac(), Host::B.mac())
+        .unwrap();
+}
+
+#[test]
+fn a_standby_that_dies_disturbs_nobody() {
+    let lab = Lab::new();
+    let mut pair = Pair::start(&lab, &Settings::default());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.kill9();
+    let alone = pair
+        .primary
+        .wait_status("not ready", |status| status["ready"] == false);
+    assert_eq!(
+        (&alone["state"], &alone["failovers"]),
+        (&"active".into(), &0.into())
+    );
+    nc.echoes("after");
+}

@@ -1,0 +1,138 @@
+//! The tasks themselves.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::ebpf::object;
+use crate::setup::{ebpf_clippy, setup};
+use crate::shell::{cargo, root_prefix, run, workspace};
+
+/// The agent that is tested, shown and measured.
+fn agent() -> PathBuf {
+    workspace().join("target/release/rfsis-agent")
+}
+
+/// Builds the object and the agent.
+///
+/// # Errors
+/// When setup or a build fails.
+pub fn build() -> Result<()> {
+    setup()?;
+    run(cargo().args(["build", "--release", "--package", "rfsis-agent"]))
+}
+
+/// Everything that can be tested.
+///
+/// # Errors
+/// When setup, a build or a test fails.
+pub fn test(filter: Option<&str>) -> Result<()> {
+    build()?;
+    let everything_else = [
+        "--workspace",
+        "--exclude",
+        "rfsis-ebpf",
+        "--exclude",
+        "tests",
+    ];
+    run(cargo().arg("test").args(everything_else).args(filter))?;
+    // One lab at a time: each has deadlines of milliseconds, and few machines have cores for two.
+    run(as_root("the end-to-end part", cargo().arg("test"))?
+        .args(["--release", "--package", "tests"])
+        .args(filter)
+        .args(["--", "--test-threads=1"]))
+}
+
+/// Formatting and clippy.
+///
+/// # Errors
+/// When something is found.
+pub fn lint() -> Result<()> {
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo()
+        .args(["clippy", "--workspace", "--exclude", "rfsis-ebpf"])
+        .args(["--all-targets", "--", "-D", "warnings"]))?;
+    let toolchain = setup()?;
+    ebpf_clippy(toolchain)?;
+    toolchain.clippy()
+}
+
+/// What CI runs.
+///
+/// # Errors
+/// At the first step that fails.
+pub fn ci() -> Result<()> {
+    plain_build()?;
+    lint()?;
+    test(None)
+}
+
+/// That a reader without eBPF toolchain and privileges gets a build.
+fn plain_build() -> Result<()> {
+    println!("xtask: a plain `cargo build`, without the eBPF object");
+    let (object, aside) = (object(), object().with_extension("aside"));
+    let moved = object.exists();
+    if moved {
+        std::fs::rename(&object, &aside)?;
+    }
+    let built = run(cargo().arg("build"));
+    if moved {
+        std::fs::rename(&aside, &object)?;
+    }
+    built
+}
+
+/// A session that survives its server, before your eyes.
+///
+/// # Errors
+/// When setup or a build fails, or the session did not survive.
+pub fn demo() -> Result<()> {
+    build()?;
+    run(as_root("the demo", cargo().arg("run"))?.args([
+        "--quiet",
+        "--release",
+        "--package",
+        "tests",
+        "--bin",
+        "demo",
+    ]))
+}
+
+/// All benchmarks, one binary each.
+///
+/// # Errors
+/// When setup, a build or a benchmark fails.
+pub fn bench(runs: u32) -> Result<()> {
+    build()?;
+    run(as_root("measuring", cargo().arg("run"))?
+        .args([
+            "--quiet",
+            "--release",
+            "--package",
+            "tests",
+            "--bin",
+            "blackout",
+            "--",
+        ])
+        .args(["--runs", &runs.to_string()]))
+}
+
+/// Lets cargo build as the user that it is, and run what it built as root.
+fn as_root<'a>(purpose: &str, cargo: &'a mut Command) -> Result<&'a mut Command> {
+    cargo.env("RFSIS_AGENT", agent());
+    let sudo = root_prefix(purpose)?;
+    if !sudo.is_empty() {
+        let runner = format!(
+            "CARGO_TARGET_{}_UNKNOWN_LINUX_{}_RUNNER",
+            std::env::consts::ARCH.to_uppercase(),
+            if cfg!(target_env = "musl") {
+                "MUSL"
+            } else {
+                "GNU"
+            }
+        );
+        cargo.env(runner, "sudo --preserve-env=RFSIS_AGENT,RUST_BACKTRACE");
+    }
+    Ok(cargo)
+}
