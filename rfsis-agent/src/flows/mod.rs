@@ -775,3 +775,8 @@ fn agreed(mut options: Options, client: &Options) -> Options {
     options.sack_permitted &= client.sack_permitted;
     options
 }
+
+#[cfg(test)]
+mod lab;
+#[cfg(test)]
+mod tests;
