@@ -52,10 +52,10 @@ impl Reorder {
         Some((start, data))
     }
 
-    /// The offset up to which bytes are held without a hole, from `from`, where everything before
-    /// is held elsewhere. Looks only at pieces that start between `from` and the result.
-    pub fn contiguous_from(&self, from: u64) -> u64 {
-        let mut end = from;
+    /// The offset up to which bytes are held without a hole, where everything before `end` is held
+    /// here or elsewhere. Looks only at pieces that start between `from` and the result: no piece
+    /// that starts before `from` may reach beyond `end`.
+    pub fn contiguous(&self, from: u64, mut end: u64) -> u64 {
         for (&start, data) in self.pieces.range(from..) {
             if start > end {
                 break;
@@ -113,7 +113,7 @@ mod tests {
                 held[start as usize..end].fill(true);
             }
             let expected = held.iter().position(|h| !h).unwrap_or(256) as u64;
-            prop_assert_eq!(store.contiguous_from(0), expected);
+            prop_assert_eq!(store.contiguous(0, 0), expected);
             for (start, end) in store.ranges_behind(expected).into_iter().flatten() {
                 prop_assert!(held[start as usize..end as usize].iter().all(|h| *h));
                 prop_assert!(held.get(end as usize).is_none_or(|h| !h));

@@ -45,8 +45,12 @@ pub const BUFFER: usize = 65_535;
 /// can hold (receive and send buffer, doubled by the kernel, and the handler's own two).
 pub const REORDER_LIMIT: usize = 2 << 20;
 
-/// A segment this far from what is expected belongs to another life of the flow.
-const FAR: i32 = 16 << 20;
+/// A segment that lies so many bytes from what is expected belongs to another life of the flow.
+pub const FAR: i32 = 16 << 20;
+
+/// So many acknowledgements in a row of what nobody sent are the client's own: a forger would have
+/// to guess each, and the client's true ones would come between.
+const DISBELIEF: u8 = 3;
 
 /// Both ends of a handshake, and what they agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +65,8 @@ pub struct Handshake {
     pub client: Options,
     /// Options of the active's SYN-ACK. What it left out, the shadow must not use.
     pub active: Options,
+    /// The SYN-ACK itself was not seen; all this is inferred from the client's first ACK.
+    pub inferred: bool,
 }
 
 impl Handshake {
@@ -140,6 +146,10 @@ pub struct Shadow {
     closed_output: bool,
     /// An acknowledgement beyond what the handler wrote so far.
     ahead: Option<u32>,
+    /// The latest acknowledgement of something that the active was not seen to send, and how many
+    /// of this kind came since the last that could be believed.
+    claimed: Option<u32>,
+    disbelieved: u8,
     /// Written, and not yet seen in a segment of the active, from offset `proof_start` on.
     proof: VecDeque<u8>,
     proof_start: u64,
@@ -151,6 +161,8 @@ pub struct Shadow {
     active_window: u32,
     clock: Option<TimestampClock>,
     diverged: bool,
+    /// The numbers are inferred, and no byte of the active's has confirmed them yet.
+    inferred: bool,
     lost_since: Option<Nanos>,
 
     live: bool,
@@ -287,6 +299,8 @@ impl Shadow {
             written: 0,
             closed_output: false,
             ahead: None,
+            claimed: None,
+            disbelieved: 0,
             proof: VecDeque::new(),
             proof_start: 0,
             active_ack: first,
@@ -299,6 +313,7 @@ impl Shadow {
                 .filter(|_| handshake.timestamps())
                 .map(|(tsval, _)| TimestampClock::new(tsval, cx.now)),
             diverged: false,
+            inferred: handshake.inferred,
             lost_since: None,
             live: false,
             reset: false,
@@ -324,6 +339,11 @@ impl Shadow {
     /// The numbers of its handshake.
     pub fn handshake(&self) -> &Handshake {
         &self.handshake
+    }
+
+    /// Whether both directions are closed and acknowledged, so that a new connection may follow.
+    pub fn has_ended(&self) -> bool {
+        self.is_closed() || self.state() == State::TimeWait
     }
 
     /// Whether nothing is left to protect: closed, or reset by either side.
@@ -423,7 +443,7 @@ impl Shadow {
         self.last_activity = cx.now;
         if segment.rst {
             // RFC 5961 section 3.2: the exact number resets, any other is only answered.
-            if segment.seq == self.expected() {
+            if segment.seq == self.held_next() {
                 self.reset = true;
             } else {
                 self.wants_ack = self.live;
@@ -437,9 +457,9 @@ impl Shadow {
         };
         let start = self.client_offset(segment.seq);
         let end = start + segment.payload.len() as i64;
-        let reach = distance(self.expected(), self.active_edge).clamp(1 << 20, FAR);
+        let reach = distance(self.held_next(), self.active_edge).clamp(1 << 20, FAR);
         if end < self.taken as i64 - i64::from(FAR)
-            || start > self.taken as i64 + i64::from(reach)
+            || start > self.held as i64 + i64::from(reach)
             || distance(self.una, ack).abs() > FAR
         {
             self.wants_ack = self.live;
@@ -464,14 +484,28 @@ impl Shadow {
         } else if segment.fin {
             self.wants_ack = self.live;
         }
-        if start < self.taken as i64 && end <= self.taken as i64 && !segment.fin {
-            // A keep-alive, or something that was taken before: RFC 9293 section 3.10.7.4.
+        if start < self.held as i64 && end <= self.held as i64 && !segment.fin {
+            // A keep-alive, a window probe, or something that was held before: RFC 9293
+            // section 3.10.7.4.
             self.wants_ack |= self.live;
         }
         if !delivered && (self.live || before_ack != (ack, self.client_window)) {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
+        if self.live && (self.ahead.is_some() || self.disbelieved >= DISBELIEF) {
+            self.give_up(cx);
+        }
+    }
+
+    /// The client has bytes that this shadow cannot write, because it lacks those they answer: copies
+    /// were lost on the way here. The client is told, instead of waiting for good.
+    fn give_up(&mut self, cx: &mut Context<'_>) {
+        cx.out.push(Outgoing {
+            packet: self.reset_packet(),
+            closes: true,
+        });
+        self.reset = true;
     }
 
     /// RFC 7323 section 4.3: only what does not lie behind a hole moves the echoed timestamp.
@@ -487,14 +521,31 @@ impl Shadow {
     /// The acknowledgement to deliver with this segment, or `None` if the segment is worthless.
     fn take_ack(&mut self, segment: &Segment<'_>, ack: u32) -> Option<u32> {
         let clamped = clamp_ack(ack, self.una, self.max());
+        if clamped
+            .ahead
+            .is_some_and(|ahead| before(self.active_next, ahead))
+        {
+            // Neither written here nor seen of the active: a copy was lost or comes late, or the
+            // segment is forged. Its bytes count, its acknowledgement does not (RFC 5961 section 5.2).
+            self.claimed = Some(ack);
+            self.disbelieved = self.disbelieved.saturating_add(1);
+            self.wants_ack |= self.live;
+            return Some(self.una);
+        }
         if clamped.stale && self.state() == State::SynReceived {
             return None;
         }
         if !clamped.stale {
-            // RFC 9293 section 3.10.7.4: an older segment's window is not believed.
-            if before(self.una, ack) || !before(segment.seq, self.client_window_seq) {
+            self.disbelieved = 0;
+            self.claimed = None;
+            // RFC 9293 section 3.10.7.4: an older segment's window is not believed, unless it
+            // reaches further: a window does not shrink (section 3.8.6), so it is not older.
+            if before(self.una, ack)
+                || !before(segment.seq, self.client_window_seq)
+                || segment.window > self.client_window
+            {
                 self.client_window = segment.window;
-                self.client_window_seq = segment.seq;
+                self.client_window_seq = later(self.client_window_seq, segment.seq);
             }
             if let Some(ahead) = clamped.ahead {
                 self.ahead = Some(self.ahead.map_or(ahead, |known| later(known, ahead)));
@@ -539,8 +590,8 @@ impl Shadow {
         if self.reorder.insert(start, data, limit) {
             cx.room -= (self.reorder.bytes() - before).min(cx.room);
             if start <= self.held {
-                let reach = self.held.max(start + data.len() as u64);
-                self.held = self.reorder.contiguous_from(reach);
+                let end = self.held.max(start + data.len() as u64);
+                self.held = self.reorder.contiguous(self.held, end);
             }
         }
     }
@@ -561,7 +612,7 @@ impl Shadow {
         let accepted = self.socket().recv_queue() - queued;
         self.taken += accepted as u64;
         if self.taken > self.held {
-            self.held = self.reorder.contiguous_from(self.taken);
+            self.held = self.reorder.contiguous(self.held, self.taken);
         }
         accepted
     }
@@ -662,6 +713,8 @@ impl Shadow {
                     self.state(),
                     State::Established | State::SynReceived | State::FinWait1 | State::FinWait2
                 );
+                // smoltcp acknowledges by itself only once it has announced a window.
+                self.wants_ack |= self.fin_taken && self.live;
                 moved |= self.fin_taken;
             }
             if !moved {
@@ -756,6 +809,14 @@ impl Shadow {
             clock.observe(tsval, cx.now);
         }
         self.active_next = later(self.active_next, segment.end());
+        if let Some(claimed) = self.claimed
+            && !before(self.active_next, claimed)
+        {
+            self.claimed = None;
+            self.disbelieved = 0;
+            self.ahead = Some(self.ahead.map_or(claimed, |known| later(known, claimed)));
+            self.pump(cx);
+        }
         if self.lost_since.is_some_and(|since| since < cx.now)
             && self.active_ack == self.held_next()
             && self.reorder.is_empty()
@@ -778,7 +839,9 @@ impl Shadow {
         if from < to {
             let theirs = &payload[(from - start) as usize..(to - start) as usize];
             let at = (from - self.proof_start as i64) as usize;
-            self.diverged |= !equals(&self.proof, at, theirs);
+            let same = equals(&self.proof, at, theirs);
+            self.diverged |= !same;
+            self.inferred &= !same;
             if start <= self.proof_start as i64 {
                 let seen = (to - self.proof_start as i64) as usize;
                 self.proof.drain(..seen);
@@ -825,6 +888,9 @@ impl Shadow {
     pub fn fate(&self) -> Result<(), ResetReason> {
         if self.diverged {
             Err(ResetReason::Diverged)
+        } else if self.inferred && self.written > 0 && self.taken == 0 {
+            // The server speaks first: the "first" ACK may have been one of its later bytes.
+            Err(ResetReason::Lagging)
         } else if matches!(self.source, Source::Active { complete: false }) && !self.is_pristine() {
             Err(ResetReason::Unpredictable)
         } else if self.lag() > 0 || self.lost_since.is_some() || self.ahead.is_some() {
@@ -837,7 +903,7 @@ impl Shadow {
     /// Nothing was sent to the client yet, so a handler may still start from the beginning.
     fn is_pristine(&self) -> bool {
         let first = self.handshake.active_isn.wrapping_add(1);
-        self.una == first && self.active_next == first && self.ahead.is_none()
+        self.una == first && self.active_next == first && self.ahead.is_none() && self.claimed.is_none()
     }
 
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
@@ -855,7 +921,8 @@ impl Shadow {
                 State::Established | State::CloseWait | State::FinWait2 | State::TimeWait
             );
         // The client waits for an ACK, or for a window that the active had closed.
-        let owed = self.active_ack != self.expected() || (self.active_window as usize) < BUFFER / 8;
+        let owed =
+            self.active_ack != self.held_next() || (self.active_window as usize) < BUFFER / 8;
         self.wants_ack = owed && socket.state() != State::SynReceived;
         let starts = !self.closed_output && self.is_pristine();
         unacknowledged || owed || starts
@@ -941,7 +1008,7 @@ impl Shadow {
 
     /// A reset that the client accepts: at the number that it expects next, as far as is known.
     pub fn reset_packet(&self) -> Vec<u8> {
-        let seq = self.ahead.map_or(self.una, |ahead| later(self.una, ahead));
+        let seq = self.ahead.or(self.claimed).unwrap_or(self.una);
         reset_packet(self.flow, self.vip, seq, Some(self.held_next()))
     }
 }

@@ -22,9 +22,10 @@ use smoltcp::socket::tcp::State;
 
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
+use crate::lockstep::distance;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Options, Segment};
-use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::shadow::{Context, FAR, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
 use crate::wire::Wire;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -232,15 +233,17 @@ impl Flows {
         if segment.syn && segment.ack.is_none() && !segment.rst {
             return self.process_syn(flow, segment, now, fx);
         }
-        if let Some(opening) = self.openings.get(&flow)
-            && segment.seq == opening.client_isn.wrapping_add(1)
-        {
-            if segment.rst {
+        if let Some(opening) = self.openings.get(&flow) {
+            let first = opening.client_isn.wrapping_add(1);
+            if segment.rst && segment.seq == first {
                 self.forget_opening(flow, fx);
                 return true;
             }
-            if let Some(ack) = segment.ack {
-                self.complete(flow, ack, now, fx);
+            if !segment.rst
+                && let Some(ack) = segment.ack
+                && near(first, segment.seq)
+            {
+                self.complete(flow, segment, ack, now, fx);
             }
         }
         match self.flows.get_mut(&flow) {
@@ -276,9 +279,7 @@ impl Flows {
             // Only flows that live on a shadow are mirrored now. A new connection on the ports of
             // one that has ended belongs to the kernel; the client's next try finds the way free.
             let ended = match self.flows.get(&flow) {
-                Some(Flow::Shadow(shadow)) => {
-                    matches!(shadow.state(), State::TimeWait | State::Closed)
-                }
+                Some(Flow::Shadow(shadow)) => shadow.has_ended(),
                 _ => true,
             };
             if ended {
@@ -290,8 +291,10 @@ impl Flows {
             }
             return true;
         }
+        // A handshake that the active has answered ends by the client's RST or in time, not by a SYN
+        // that anybody can forge.
         if let Some(opening) = self.openings.get(&flow)
-            && opening.client_isn == segment.seq
+            && (opening.client_isn == segment.seq || opening.answer.is_some())
         {
             return true;
         }
@@ -354,16 +357,19 @@ impl Flows {
                 client,
                 ..
             }) = self.openings.get(&flow)
-            && segment.seq == active_isn.wrapping_add(1)
+            && near(active_isn.wrapping_add(1), segment.seq)
+            && segment
+                .ack
+                .is_some_and(|ack| near(client_isn.wrapping_add(1), ack))
         {
             let ack = active_isn.wrapping_add(1);
-            self.complete(flow, ack, now, fx);
             let acknowledgement = Segment {
                 seq: client_isn.wrapping_add(1),
                 ack: Some(ack),
                 window: client_window >> client.window_scale.unwrap_or(0),
                 ..Segment::default()
             };
+            // Completes it.
             self.process_client(flow, &acknowledgement, now, fx);
         }
         match self.flows.get_mut(&flow) {
@@ -412,22 +418,43 @@ impl Flows {
         true
     }
 
-    /// The handshake of `flow` is complete: the client acknowledged `ack - 1`.
-    fn complete(&mut self, flow: FlowKey, ack: u32, now: Nanos, fx: &mut impl Effects) {
+    /// The handshake of `flow` is complete: the client sent `segment`, which acknowledges `ack`.
+    fn complete(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        ack: u32,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) {
         let Some(opening) = self.openings.get(&flow).copied() else {
             return;
         };
+        let inferred = opening.answer.is_none();
         let (active_isn, active) = match opening.answer {
-            Some((isn, options)) if isn.wrapping_add(1) == ack => (isn, options),
+            Some((isn, options)) if near(isn.wrapping_add(1), ack) => (isn, options),
             Some(_) => return,
-            // The copy of the SYN-ACK was lost. The service answers every client alike.
-            None => match self.answers.get(&flow.service_port) {
-                Some(&options) => (ack.wrapping_sub(1), agreed(options, &opening.client)),
-                None => {
-                    self.openings.remove(&flow);
-                    self.leave_unprotected(flow, Some(ack), now);
-                    return;
-                }
+            None if segment.seq != opening.client_isn.wrapping_add(1) => return,
+            None => match self.flows.get(&flow) {
+                // A SYN that the active did not answer must not end a flow that runs.
+                Some(Flow::Shadow(shadow)) if !shadow.has_ended() => return,
+                // The active was heard already, so this is not the first ACK.
+                Some(Flow::Unprotected { .. }) => return,
+                _ => match self.answers.get(&flow.service_port) {
+                    // The copy of the SYN-ACK was lost. The service answers every client alike, but for
+                    // the timestamp, which the client echoes.
+                    Some(&options) => {
+                        let mut active = agreed(options, &opening.client);
+                        let echoed = segment.options.timestamp.map(|(_, echoed)| (echoed, 0));
+                        active.timestamp = active.timestamp.and(echoed);
+                        (ack.wrapping_sub(1), active)
+                    }
+                    None => {
+                        self.openings.remove(&flow);
+                        self.leave_unprotected(flow, Some(ack), now);
+                        return;
+                    }
+                },
             },
         };
         self.openings.remove(&flow);
@@ -448,6 +475,7 @@ impl Flows {
             client_window: opening.client_window,
             client: opening.client,
             active,
+            inferred,
         };
         self.insert_shadow(flow, handshake, now);
     }
@@ -620,6 +648,10 @@ impl Flows {
             let Some((active_isn, active)) = opening.answer else {
                 continue;
             };
+            // More was heard than its handshake: a shadow cannot start there.
+            if let Some(Flow::Unprotected { .. }) = self.flows.get(&flow) {
+                continue;
+            }
             self.drop_bytes_of(flow);
             self.flows.remove(&flow);
             if self.flows.len() >= self.config.max_flows || !fx.protect(flow) {
@@ -633,6 +665,7 @@ impl Flows {
                 client_window: opening.client_window,
                 client: opening.client,
                 active,
+                inferred: false,
             };
             self.insert_shadow(flow, handshake, now);
         }
@@ -712,7 +745,7 @@ impl Flows {
                     let quiet = now.saturating_sub(shadow.last_activity());
                     shadow.is_closed()
                         || quiet > idle
-                        || (!live && shadow.state() == State::TimeWait && quiet > TIME_WAIT)
+                        || (shadow.state() == State::TimeWait && quiet > TIME_WAIT)
                         || (live && shadow.bytes() > 0 && quiet > SILENT_CLIENT)
                 }
             };
@@ -766,6 +799,11 @@ impl Flows {
     }
 }
 
+/// Whether `number` may be one of the first of a connection whose very first is `first`.
+fn near(first: u32, number: u32) -> bool {
+    (0..FAR).contains(&distance(first, number))
+}
+
 /// What a service that answers with `options` agrees on with this client.
 fn agreed(mut options: Options, client: &Options) -> Options {
     options.window_scale = options
@@ -775,3 +813,8 @@ fn agreed(mut options: Options, client: &Options) -> Options {
     options.sack_permitted &= client.sack_permitted;
     options
 }
+
+#[cfg(test)]
+mod lab;
+#[cfg(test)]
+mod tests;
