@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use tests::agent::port;
-use tests::interrupt::Interrupts;
+use tests::interrupt::remove_on_interrupt;
 use tests::pulse::Pulse;
 use tests::report::millis;
 use tests::{Capture, Death, Host, Lab, Pair, Typist, VIP};
@@ -19,11 +19,10 @@ const CONFIG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config.yaml");
 const STEADY: u64 = 500;
 
 fn main() -> Result<()> {
-    let interrupts = Interrupts::hold()?;
     let began = Instant::now();
     say("three hosts on a bridge: client 192.168.1.50, node a 192.168.1.1, node b 192.168.1.2");
     let lab = Lab::build(&Default::default())?;
-    interrupts.remove(lab.directory().to_owned());
+    remove_on_interrupt(lab.directory().to_owned())?;
 
     say("rfsis-agent on both nodes, with the shipped config.yaml: a as primary, b as backup");
     let mut pair = Pair::start_with(&lab, Path::new(CONFIG))?;
