@@ -192,14 +192,12 @@ impl Agent {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// `kill -9`, and waits until the process is gone. Returns when the signal was sent.
+    /// `kill -9`. Returns when it was sent; the process may take milliseconds to be gone.
     ///
     /// # Panics
     /// When the process is already gone.
-    pub fn kill9(&mut self) -> Instant {
-        let sent = self.signal(Signal::SIGKILL);
-        self.await_exit();
-        sent
+    pub fn kill9(&self) -> Instant {
+        self.signal(Signal::SIGKILL)
     }
 
     /// `kill -STOP`. Returns when it was sent.
@@ -426,7 +424,7 @@ impl Pair {
     ///
     /// # Panics
     /// When it is dead already.
-    pub fn primary_dies(&mut self, lab: &Lab, death: Death) -> Instant {
+    pub fn primary_dies(&self, lab: &Lab, death: Death) -> Instant {
         match death {
             Death::Kill9 => self.primary.kill9(),
             Death::Stop => self.primary.stop(),
@@ -445,6 +443,18 @@ impl Pair {
     #[track_caller]
     pub fn wait_takeover(&self) -> Value {
         self.backup.wait_state("active")
+    }
+
+    /// The active node and the other, once there is exactly one active.
+    ///
+    /// # Panics
+    /// When that never comes.
+    pub fn by_state(self) -> (Agent, Agent) {
+        if self.wait_one_active().host() == self.primary.host() {
+            (self.primary, self.backup)
+        } else {
+            (self.backup, self.primary)
+        }
     }
 
     /// Waits until exactly one node is active and the other standby; returns the active.

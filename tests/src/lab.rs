@@ -149,6 +149,10 @@ impl Lab {
         let inside_frame = "rxvlan off txvlan off tx-vlan-stag-hw-insert off";
         self.bridge
             .sh(&format!("ethtool -K {port} {inside_frame}"))?;
+        // A veth without a qdisc drops what its 256 slots do not hold; with one it holds the sender
+        // back (from Linux 6.16 on, drivers/net/veth.c), as a switch with buffers would not lose.
+        self.bridge
+            .sh(&format!("tc qdisc add dev {port} root pfifo limit 100000"))?;
         self.bridge.sh(&format!("ip link set {port} up"))?;
         inside.sh("ip link set lo up")?;
         let mac = host.mac_text();
@@ -178,6 +182,20 @@ impl Lab {
     /// A directory for files of this lab, removed with it.
     pub fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Frames for the host that the cable lost because its queue was full. With `tap: lan` such a
+    /// loss at the standby alone costs the flow its shadow, and no fault of the agent's.
+    ///
+    /// # Panics
+    /// When the port is gone.
+    pub fn lost_towards(&self, host: Host) -> u64 {
+        let file = format!("/sys/class/net/{}/statistics/tx_dropped", host.port());
+        let count = self.bridge.sh(&format!("cat {file}"));
+        match count.map(|count| count.trim().parse()) {
+            Ok(Ok(count)) => count,
+            other => panic!("{file}: {other:?}"),
+        }
     }
 
     /// Pulls the host's cable: both ends lose carrier.

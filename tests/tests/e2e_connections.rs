@@ -49,7 +49,7 @@ fn without_syn_acks<T>(lab: &Lab, body: impl FnOnce() -> T) -> T {
 #[test]
 fn two_hundred_connections_in_all_states_survive_a_kill() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let capture = Capture::start(&lab);
 
     let idle = connections(&lab, IDLE, port::ECHO);
@@ -147,7 +147,7 @@ fn two_hundred_connections_in_all_states_survive_a_kill() {
 #[test]
 fn a_connection_that_ends_after_the_takeover_ends_properly() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let mut stream = connect(&lab, port::ECHO).unwrap();
     stream.write_all(b"before").unwrap();
     let mut back = [0; 6];

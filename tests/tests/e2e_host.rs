@@ -67,6 +67,7 @@ fn cleanup_after_kill_9_leaves_the_host_as_it_was_found() {
     let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
     agent.wait_state("active");
     agent.kill9();
+    agent.await_exit();
     assert_ne!(configuration(node), before, "the gate outlives the agent");
     let cleanup = agent.ask(&["cleanup"]);
     assert!(
@@ -89,6 +90,7 @@ fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
     let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
     agent.wait_state("active");
     agent.kill9();
+    agent.await_exit();
     let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
     agent.wait_state("active");
     let filters = node.sh("tc filter show dev eth0 egress").unwrap();
@@ -100,7 +102,7 @@ fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
 #[test]
 fn a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);

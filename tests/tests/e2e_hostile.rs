@@ -123,7 +123,7 @@ fn a_heartbeat_signed_with_the_key_is_believed() {
 #[test]
 fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::heartbeat("20ms", 10));
+    let pair = Pair::start(&lab, &Settings::heartbeat("20ms", 10));
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);

@@ -20,7 +20,7 @@ fn assert_clean_handover(trace: &Trace) {
 
 fn tcp_echo_survives(death: Death) {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let capture = Capture::start(&lab);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("typed before");
@@ -51,7 +51,7 @@ fn echo_survives_link_cut_of_the_primary() {
 
 fn udp_echo_goes_on(death: Death) {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let capture = Capture::start(&lab);
     let mut nc = Typist::udp(&lab, port::ECHO);
     nc.echoes_in_the_end("typed before");
@@ -80,7 +80,7 @@ fn udp_echo_goes_on_after_link_cut_of_the_primary() {
 #[test]
 fn new_connections_after_the_takeover_go_to_the_survivor() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     Typist::tcp(&lab, port::ECHO).echoes("to the primary");
     pair.primary_dies(&lab, Death::LinkCut);
     pair.wait_takeover();
@@ -96,7 +96,7 @@ fn new_connections_after_the_takeover_go_to_the_survivor() {
 #[test]
 fn the_clients_arp_cache_follows_the_virtual_ip() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let neighbour = || lab.client().sh(&format!("ip neigh show {VIP}")).unwrap();
     Typist::tcp(&lab, port::ECHO).echoes("resolve");
     assert!(neighbour().contains(&Host::A.mac_text()), "{}", neighbour());
@@ -110,7 +110,7 @@ fn the_clients_arp_cache_follows_the_virtual_ip() {
 #[test]
 fn status_and_metrics_tell_the_story_of_a_takeover() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     let before = pair.backup.wait_flows("lockstep", 1);

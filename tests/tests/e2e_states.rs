@@ -9,7 +9,7 @@ use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
 #[test]
 fn a_stopped_and_continued_active_ends_with_exactly_one_active() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -25,7 +25,7 @@ fn a_stopped_and_continued_active_ends_with_exactly_one_active() {
 #[test]
 fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     pair.primary_dies(&lab, Death::LinkCut);
     pair.wait_takeover();
     let capture = Capture::start(&lab);
@@ -57,6 +57,7 @@ fn a_restarted_primary_becomes_standby_while_the_backup_is_active() {
     pair.primary_dies(&lab, Death::Kill9);
     let active = pair.wait_takeover();
     nc.echoes("while the primary is gone");
+    pair.primary.await_exit();
     pair.primary = Agent::start(&lab, Host::A, "primary", &settings);
     let restarted = pair
         .primary
@@ -79,6 +80,7 @@ fn the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn() {
     let mut pair = Pair::start(&lab, &settings);
     pair.primary_dies(&lab, Death::Kill9);
     let first = pair.wait_takeover();
+    pair.primary.await_exit();
     pair.primary = Agent::start(&lab, Host::A, "primary", &settings);
     pair.primary
         .wait_status("ready", |status| status["ready"] == true);
@@ -128,7 +130,7 @@ fn a_primary_that_leaves_in_order_is_followed_by_the_backup() {
 #[test]
 fn a_standby_that_dies_disturbs_nobody() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.kill9();

@@ -25,7 +25,7 @@ fn lab_without(option: Option<&'static str>) -> Lab {
 }
 
 /// Lets the primary die when half of the bytes have come back.
-fn die_in_the_middle(lab: &Lab, pair: &mut Pair, progress: &AtomicU64) {
+fn die_in_the_middle(lab: &Lab, pair: &Pair, progress: &AtomicU64) {
     wait_at_most(
         TO_THE_MIDDLE,
         "the middle of the transfer",
@@ -41,12 +41,12 @@ fn die_in_the_middle(lab: &Lab, pair: &mut Pair, progress: &AtomicU64) {
 
 fn echo_is_exact(without: Option<&'static str>) {
     let lab = lab_without(without);
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let stream = connect(&lab, port::ECHO).unwrap();
     let progress = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let transfer = scope.spawn(|| echo_exactly(&stream, TOTAL, 1, &progress));
-        die_in_the_middle(&lab, &mut pair, &progress);
+        die_in_the_middle(&lab, &pair, &progress);
         transfer.join().unwrap().unwrap();
     });
     pair.wait_takeover();
@@ -74,12 +74,12 @@ fn echo_of_64_mib_is_byte_exact_without_sack() {
 
 fn chargen_is_exact(without: Option<&'static str>) {
     let lab = lab_without(without);
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let stream = connect(&lab, port::CHARGEN).unwrap();
     let progress = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let transfer = scope.spawn(|| chargen_exactly(&stream, 0, TOTAL, &progress));
-        die_in_the_middle(&lab, &mut pair, &progress);
+        die_in_the_middle(&lab, &pair, &progress);
         transfer.join().unwrap().unwrap();
     });
     pair.wait_takeover();
@@ -108,7 +108,7 @@ fn chargen_of_64_mib_is_byte_exact_without_sack() {
 #[test]
 fn a_reader_with_a_closed_window_goes_on_after_the_takeover() {
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let wire = Wire::open(lab.client()).unwrap();
     let stream = connect_narrow(&lab, port::CHARGEN, 64 << 10).unwrap();
     let closed = wire.hear(PATIENCE, |frame| {
@@ -130,7 +130,7 @@ fn the_wire_shows_no_reset_and_no_changed_byte_in_a_transfer_across_a_kill() {
     // Less than elsewhere: every frame is kept.
     const CAPTURED: u64 = 8 << 20;
     let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let pair = Pair::start(&lab, &Settings::default());
     let capture = Capture::start(&lab);
     let (echo, chargen) = (
         connect(&lab, port::ECHO).unwrap(),

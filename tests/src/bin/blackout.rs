@@ -76,7 +76,7 @@ fn runs_wanted() -> Result<u32> {
 
 fn blackout(settings: &Settings, death: Death) -> Result<Duration> {
     let lab = Lab::build(&Default::default())?;
-    let mut pair = Pair::start(&lab, settings);
+    let pair = Pair::start(&lab, settings);
     let pulse = Pulse::start(&lab)?;
     pair.backup.wait_flows("lockstep", 1);
     pulse.beat_on(STEADY);
