@@ -120,15 +120,17 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         .map_err(anyhow::Error::from)?;
     let mut stop = stop_signals()?;
 
-    let ports: Vec<u16> = config
-        .services
-        .iter()
-        .filter(|service| service.protocol == Protocol::Tcp)
-        .map(|service| service.port)
-        .collect();
+    let ports = |protocol| -> Vec<u16> {
+        let services = config.services.iter();
+        services
+            .filter(|service| service.protocol == protocol)
+            .map(|service| service.port)
+            .collect()
+    };
     let mut programs = Programs::load(LoadParams {
         vip: config.virtual_ip,
-        service_ports: &ports,
+        service_ports: &ports(Protocol::Tcp),
+        datagram_ports: &ports(Protocol::Udp),
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,

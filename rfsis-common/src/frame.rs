@@ -33,6 +33,10 @@ const ETH_QINQ: u16 = 0x88a8;
 /// IPv4 protocol number of TCP.
 pub const IP_TCP: u8 = 6;
 
+/// IPv4 protocol numbers of ICMP and UDP.
+const IP_ICMP: u8 = 1;
+const IP_UDP: u8 = 17;
+
 /// TCP flag bits (RFC 9293 section 3.1).
 pub mod tcp_flags {
     /// No more data from sender.
@@ -243,6 +247,31 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
     packet
 }
 
+/// The UDP port of the VIP that an ICMP port unreachable (RFC 792) says is closed; `None` for every
+/// other packet. `l3_offset` is that of a packet from the VIP.
+///
+/// A kernel says so when the process behind a port has died, so it is as much of a farewell as an RST.
+#[inline(always)]
+pub fn refused_udp_port<F: Frame>(frame: &F, l3_offset: usize) -> Option<u16> {
+    const ICMP_LEN: usize = 8;
+    let outer = frame.load::<20>(l3_offset)?;
+    if outer[9] != IP_ICMP {
+        return None;
+    }
+    let icmp = l3_offset + ((outer[0] & 0x0f) as usize) * 4;
+    // Type 3, destination unreachable; code 3, port unreachable.
+    if frame.load::<2>(icmp)? != [3, 3] {
+        return None;
+    }
+    // What follows is the head of the datagram that was refused.
+    let inner = frame.load::<20>(icmp + ICMP_LEN)?;
+    if inner[9] != IP_UDP {
+        return None;
+    }
+    let ports = frame.load::<4>(icmp + ICMP_LEN + ((inner[0] & 0x0f) as usize) * 4)?;
+    Some(u16::from_be_bytes([ports[2], ports[3]]))
+}
+
 /// Frames for the tests of this crate, without an allocator.
 #[cfg(test)]
 pub(crate) mod testing {
@@ -275,6 +304,28 @@ pub(crate) mod testing {
 
     pub fn tcp_from_vip(flags: u8) -> Segment {
         tcp((VIP, SERVICE), (CLIENT, CLIENT_PORT), flags)
+    }
+
+    /// The VIP says that its UDP port `port` is closed; `words` words of IP options in both headers.
+    pub fn port_unreachable(port: u16, words: u8) -> ([u8; 150], usize) {
+        let mut frame = [0; 150];
+        let header = 20 + 4 * words as usize;
+        let len = 14 + header + 8 + header + 8;
+        frame[12] = 8;
+        let ip = |protocol, len: usize| [0x45 + words, 0, 0, len as u8, 0, 1, 0, 0, 64, protocol];
+        frame[14..24].copy_from_slice(&ip(IP_ICMP, len - 14));
+        frame[26..30].copy_from_slice(&VIP.to_be_bytes());
+        frame[30..34].copy_from_slice(&CLIENT.to_be_bytes());
+        let icmp = 14 + header;
+        frame[icmp..icmp + 2].copy_from_slice(&[3, 3]);
+        let inner = icmp + 8;
+        frame[inner..inner + 10].copy_from_slice(&ip(IP_UDP, header + 8));
+        frame[inner + 12..inner + 16].copy_from_slice(&CLIENT.to_be_bytes());
+        frame[inner + 16..inner + 20].copy_from_slice(&VIP.to_be_bytes());
+        let udp = inner + header;
+        frame[udp..udp + 2].copy_from_slice(&CLIENT_PORT.to_be_bytes());
+        frame[udp + 2..udp + 4].copy_from_slice(&port.to_be_bytes());
+        (frame, len)
     }
 
     pub fn arp(operation: u8, sender: u32, target: u32) -> [u8; 42] {
@@ -312,6 +363,25 @@ mod tests {
             assert_eq!((tcp.flow, tcp.flags), (flow, tcp_flags::ACK));
             assert_eq!((tcp.seq, tcp.ack), (1000, 2000));
         }
+    }
+
+    #[test]
+    fn a_refused_port_is_read_behind_ip_options_and_from_nothing_else() {
+        for words in 0..=10 {
+            let (frame, len) = port_unreachable(9999, words);
+            assert_eq!(refused_udp_port(&&frame[..len], 14), Some(9999), "{words}");
+            // Cut behind the ports of the datagram that was refused, then before.
+            assert_eq!(refused_udp_port(&&frame[..len - 4], 14), Some(9999));
+            assert_eq!(refused_udp_port(&&frame[..len - 5], 14), None);
+            for (at, value) in [(23, IP_UDP), (34, 8), (35, 1), (51, IP_TCP)] {
+                let shift = if at > 23 { 4 * words as usize } else { 0 };
+                let mut other = frame;
+                other[at + shift] = value;
+                assert_eq!(refused_udp_port(&&other[..len], 14), None, "byte {at}");
+            }
+        }
+        let segment = tcp_from_vip(tcp_flags::RST);
+        assert_eq!(refused_udp_port(&&segment[..], 14), None);
     }
 
     #[test]

@@ -234,6 +234,8 @@ pub mod names {
     pub const LOST_FLOWS: &str = "LOST_FLOWS";
     /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds.
     pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
+    /// `HashMap<u16, u8>`: UDP ports of the services, whose ICMP port unreachable the gate holds.
+    pub const DATAGRAM_PORTS: &str = "DATAGRAM_PORTS";
     /// `RingBuf` of [`super::HeartbeatEvent`].
     pub const HEARTBEATS: &str = "HEARTBEATS";
     /// `RingBuf` of [`super::FrameHeader`] and frame.

@@ -119,7 +119,8 @@ pub enum GateVerdict {
     Passed = 1,
     /// From the VIP while not active, or after the lease: dropped.
     Closed = 2,
-    /// FIN or RST that nobody approved: dropped and reported.
+    /// FIN or RST that nobody approved: dropped and reported; ICMP port unreachable for a service's
+    /// UDP port: dropped.
     Held = 3,
 }
 
@@ -146,7 +147,8 @@ impl GateVerdict {
 /// Decides for an egress frame: silence first, then the hold.
 ///
 /// `is_service` says whether a TCP port is a service's; `is_approved` whether the flow's FIN or RST
-/// may leave. Both are asked only when they matter.
+/// may leave; `refuses_service` whether the packet says that a service's UDP port is closed: while the
+/// agent lives it is open. All are asked only when they matter.
 #[inline(always)]
 pub fn gate_decide(
     frame: &Classified,
@@ -154,6 +156,7 @@ pub fn gate_decide(
     now_ns: u64,
     is_service: impl FnOnce(u16) -> bool,
     is_approved: impl FnOnce(&TcpPart) -> bool,
+    refuses_service: impl FnOnce() -> bool,
 ) -> GateVerdict {
     let tcp = match (frame.class, frame.direction) {
         (FrameClass::Vip, Direction::FromVip) => frame.tcp(),
@@ -172,6 +175,7 @@ pub fn gate_decide(
         {
             GateVerdict::Held
         }
+        None if matches!(frame.class, FrameClass::Vip) && refuses_service() => GateVerdict::Held,
         _ => GateVerdict::Passed,
     }
 }
@@ -189,7 +193,9 @@ mod tests {
     use super::*;
     use crate::frame::classify;
     use crate::frame::tcp_flags::{ACK, FIN, RST, SYN};
-    use crate::frame::testing::{CLIENT, SERVICE, VIP, arp, tcp_from_vip, tcp_to_vip};
+    use crate::frame::testing::{
+        CLIENT, SERVICE, VIP, arp, port_unreachable, tcp_from_vip, tcp_to_vip,
+    };
 
     const OPEN: NodeState = NodeState {
         state: State::Active as u64,
@@ -239,7 +245,7 @@ mod tests {
     fn what_the_gate_cannot_read_leaves_only_while_it_is_open() {
         let short = [0; 13];
         let frame = classify(&&short[..], VIP);
-        let decide = |node| gate_decide(&frame, node, 1000, |_| true, |_| false);
+        let decide = |node| gate_decide(&frame, node, 1000, |_| true, |_| false, || false);
         assert_eq!(decide(&OPEN), GateVerdict::Passed);
         assert_eq!(decide(&NodeState::default()), GateVerdict::Closed);
     }
@@ -257,14 +263,30 @@ mod tests {
             let segment = tcp_from_vip(flags);
             let frame = classify(&&segment[..], VIP);
             let is_service = |port| service && port == SERVICE;
-            let verdict = gate_decide(&frame, &OPEN, 0, is_service, |_| approved);
+            let verdict = gate_decide(&frame, &OPEN, 0, is_service, |_| approved, || false);
             assert_eq!(
                 verdict, expected,
                 "flags {flags:#x}, service {service}, {approved}"
             );
             // Closed beats everything.
-            let verdict = gate_decide(&frame, &OPEN, 1001, is_service, |_| approved);
+            let verdict = gate_decide(&frame, &OPEN, 1001, is_service, |_| approved, || true);
             assert_eq!(verdict, GateVerdict::Closed);
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_a_services_datagram_is_held_and_of_another_passes() {
+        let (refusal, len) = port_unreachable(9999, 0);
+        let frame = classify(&&refusal[..len], VIP);
+        for (service, expected) in [(true, GateVerdict::Held), (false, GateVerdict::Passed)] {
+            let verdict = gate_decide(&frame, &OPEN, 0, |_| true, |_| false, || service);
+            assert_eq!(verdict, expected);
+        }
+        // It is asked of nothing but an IPv4 packet from the VIP without a TCP part.
+        for frame in [&arp(2, VIP, CLIENT)[..], &tcp_from_vip(ACK)] {
+            let frame = classify(&frame, VIP);
+            let ask = || panic!("asked of {frame:?}");
+            gate_decide(&frame, &OPEN, 0, |_| true, |_| false, ask);
         }
     }
 

@@ -12,12 +12,12 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
-use rfsis_common::frame::{Frame, TcpPart, classify};
+use rfsis_common::frame::{Frame, TcpPart, classify, refused_udp_port};
 use rfsis_common::maps::HeldEvent;
 use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval};
 
 use crate::maps::{
-    APPROVED_FLOWS, HELD, SERVICE_PORTS, count_gate, node_state, vip, worth_logging,
+    APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, node_state, vip, worth_logging,
 };
 
 struct SkbFrame<'a>(&'a TcContext);
@@ -49,6 +49,11 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
         |port| unsafe { SERVICE_PORTS.get(port).is_some() },
         // SAFETY: only presence is asked; the value is not read.
         |tcp| unsafe { APPROVED_FLOWS.get(tcp.flow).is_some() },
+        || {
+            refused_udp_port(&SkbFrame(&ctx), frame.l3_offset)
+                // SAFETY: only presence is asked; the value is not read.
+                .is_some_and(|port| unsafe { DATAGRAM_PORTS.get(port).is_some() })
+        },
     );
     let count = count_gate(verdict);
     match verdict {

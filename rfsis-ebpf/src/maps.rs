@@ -29,6 +29,10 @@ pub static LOST_FLOWS: LruHashMap<FlowKey, u64> = LruHashMap::with_max_entries(1
 #[map]
 pub static SERVICE_PORTS: HashMap<u16, u8> = HashMap::with_max_entries(64, 0);
 
+/// The loader sizes it.
+#[map]
+pub static DATAGRAM_PORTS: HashMap<u16, u8> = HashMap::with_max_entries(64, 0);
+
 /// A second of heartbeats at one a millisecond.
 #[map]
 pub static HEARTBEATS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);

@@ -52,6 +52,8 @@ pub struct LoadParams<'a> {
     pub vip: Ipv4Addr,
     /// TCP ports of the services, whose FIN and RST the gate holds.
     pub service_ports: &'a [u16],
+    /// UDP ports of the services, whose ICMP port unreachable the gate holds.
+    pub datagram_ports: &'a [u16],
     /// Size of the frame ring, bytes; made a power of two.
     pub frame_ring_bytes: u32,
     /// Flows that may live on shadows at once.
@@ -115,22 +117,27 @@ impl Programs {
             return Err(BpfError::ObjectMissing);
         }
         let vip = u32::from(params.vip);
-        let ports = u32::try_from(params.service_ports.len()).unwrap_or(u32::MAX);
+        let port_maps = [
+            (names::SERVICE_PORTS, params.service_ports),
+            (names::DATAGRAM_PORTS, params.datagram_ports),
+        ];
+        let room = |ports: &[u16]| u32::try_from(ports.len()).unwrap_or(u32::MAX).max(1);
         let mut ebpf = EbpfLoader::new()
             .override_global(names::VIP, &vip, true)
             .map_max_entries(names::FRAMES, params.frame_ring_bytes)
             .map_max_entries(names::LIVE_FLOWS, params.max_live_flows.max(1))
-            .map_max_entries(names::SERVICE_PORTS, ports.max(1))
+            .map_max_entries(names::SERVICE_PORTS, room(params.service_ports))
+            .map_max_entries(names::DATAGRAM_PORTS, room(params.datagram_ports))
             .load(OBJECT)
             .map_err(|error| BpfError::new("loading the eBPF object", &error))?;
 
-        let mut service_ports: HashMap<_, u16, u8> =
-            HashMap::try_from(map_mut(&mut ebpf, names::SERVICE_PORTS)?)
-                .map_err(|error| BpfError::new("opening map SERVICE_PORTS", &error))?;
-        for port in params.service_ports {
-            service_ports
-                .insert(port, PRESENT, 0)
-                .map_err(|error| BpfError::new("filling map SERVICE_PORTS", &error))?;
+        for (name, ports) in port_maps {
+            let mut map: HashMap<_, u16, u8> = HashMap::try_from(map_mut(&mut ebpf, name)?)
+                .map_err(|error| BpfError::new(format!("opening map {name}"), &error))?;
+            for port in ports {
+                map.insert(port, PRESENT, 0)
+                    .map_err(|error| BpfError::new(format!("filling map {name}"), &error))?;
+            }
         }
 
         let mut programs = Self {

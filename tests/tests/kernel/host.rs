@@ -84,6 +84,7 @@ pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[SERVICE],
+        datagram_ports: &[SERVICE],
         frame_ring_bytes,
         max_live_flows: 16,
     };

@@ -322,6 +322,13 @@ fn the_gate_follows_state_lease_and_approval() {
         let fragment = with(tcp(FIN | ACK), 20, &[0x20, 1]);
         let total_lies = with(tcp(ACK), 16, &[0xff, 0xff]);
         let udp = ethernet(0x0800, &ipv4(17, VIP, CLIENT, &[0, 7, 156, 64, 0, 8, 0, 0]));
+        // ICMP port unreachable with the head of the datagram that is refused.
+        let refusal = |port: u16| {
+            let [high, low] = port.to_be_bytes();
+            let refused = ipv4(17, CLIENT, VIP, &[156, 64, high, low, 0, 8, 0, 0]);
+            let icmp = [&[3, 3, 0, 0, 0, 0, 0, 0], &refused[..]].concat();
+            ethernet(0x0800, &ipv4(1, VIP, CLIENT, &icmp))
+        };
         // Name, frame, verdict while closed, while open, while open with the flow approved.
         let table = [
             ("data", tcp_from_vip(ACK, b"data"), Closed, Passed, Passed),
@@ -350,6 +357,14 @@ fn the_gate_follows_state_lease_and_approval() {
                 Passed,
             ),
             ("UDP", udp, Closed, Passed, Passed),
+            ("refusal of a service", refusal(SERVICE), Closed, Held, Held),
+            (
+                "refusal of no service",
+                refusal(9999),
+                Closed,
+                Passed,
+                Passed,
+            ),
             ("later fragment", fragment, Closed, Passed, Passed),
             (
                 "ARP reply for the VIP",
