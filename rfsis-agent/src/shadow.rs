@@ -498,7 +498,14 @@ impl Shadow {
             // section 3.10.7.4.
             self.wants_ack |= self.live;
         }
-        if !delivered && (self.live || before_ack != (ack, self.client_window)) {
+        // A third duplicate makes smoltcp repeat data at once (RFC 5681 section 3.2); where only the FIN
+        // is unacknowledged it would instead forget to repeat that.
+        let duplicate = self.live
+            && segment.ack == Some(self.una)
+            && segment.payload.is_empty()
+            && !segment.fin
+            && self.socket().send_queue() > 0;
+        if !delivered && (duplicate || before_ack != (ack, self.client_window)) {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
@@ -880,7 +887,7 @@ impl Shadow {
                 self.proof_start = to as u64;
             }
         }
-        if self.closed_output && end > self.written as i64 {
+        if self.closed_output && !payload.is_empty() && end > self.written as i64 {
             // The active sends bytes where the shadow's stream has ended.
             self.diverged = true;
         }

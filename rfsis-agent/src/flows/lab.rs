@@ -451,6 +451,7 @@ pub struct Conn {
     pub ended: bool,
     pub reset: bool,
     pub eof: bool,
+    peer_closed: bool,
 }
 
 impl Conn {
@@ -487,14 +488,11 @@ impl Conn {
             }
             self.next_read = now + self.plan.read.1;
         }
-        let drained = socket.recv_queue() == 0;
-        if drained
-            && !self.eof
-            && matches!(
-                socket.state(),
-                State::CloseWait | State::Closing | State::TimeWait | State::LastAck
-            )
-        {
+        self.peer_closed |= matches!(
+            socket.state(),
+            State::CloseWait | State::Closing | State::TimeWait | State::LastAck
+        );
+        if self.peer_closed && !self.eof && socket.recv_queue() == 0 {
             self.eof = true;
             assert!(
                 self.got >= self.plan.want && self.sent == self.plan.upload,
@@ -526,7 +524,7 @@ impl Conn {
             }
             _ => {}
         }
-        let cut_off = self.got < self.plan.want && socket.recv_queue() == 0;
+        let cut_off = !self.peer_closed && self.plan.ending != Ending::Abort;
         if socket.state() == State::Closed && (!self.ended || cut_off) {
             self.reset = true;
         }
@@ -945,6 +943,7 @@ impl Lab {
             ended: false,
             reset: false,
             eof: false,
+            peer_closed: false,
         });
         self.conns.len() - 1
     }
@@ -1018,7 +1017,12 @@ impl Lab {
         {
             return;
         }
-        if faulty && self.tap_waiting.is_none() && self.rng.happens(self.faults.tap_swaps) {
+        // A SYN-ACK that comes late is a case of its own.
+        if faulty
+            && !segment.syn
+            && self.tap_waiting.is_none()
+            && self.rng.happens(self.faults.tap_swaps)
+        {
             self.tap_waiting = Some((packet.to_vec(), direction));
             return;
         }
@@ -1208,8 +1212,11 @@ impl Lab {
             let is_done = done || self.is_done(index);
             let state = self.client_state(index);
             let conn = &self.conns[index];
+            // Its SYN-ACK came from the active, the copy was lost, and it waits to be spoken to: nobody
+            // knows of it, as after any restart of a server.
+            let half_open = self.faults.tap_loss > 0 && conn.got == 0 && conn.sent == 0;
             assert!(
-                is_done || conn.reset,
+                is_done || conn.reset || half_open,
                 "port {} hangs: sent {} of {}, got {} of {}, {state}, {:?}",
                 conn.port,
                 conn.sent,

@@ -323,7 +323,8 @@ fn history(seed: u64) -> (usize, usize) {
                 .resets
                 .iter()
                 .all(|(reason, _)| !lost.contains(reason)),
-            "{report:?}"
+            "{report:?} {:?}",
+            lab.conns
         );
     }
     (
