@@ -144,6 +144,8 @@ pub struct Shadow {
     una: u32,
     written: u64,
     closed_output: bool,
+    /// The client closed first, so there is no TIME-WAIT here (RFC 9293 section 3.6).
+    closed_second: bool,
     /// An acknowledgement beyond what the handler wrote so far.
     ahead: Option<u32>,
     /// The latest acknowledgement of something that the active was not seen to send, and how many
@@ -157,6 +159,8 @@ pub struct Shadow {
     // What the active said.
     active_ack: u32,
     active_next: u32,
+    /// Behind the last sequence number that this shadow sent.
+    sent_next: u32,
     active_edge: u32,
     active_window: u32,
     clock: Option<TimestampClock>,
@@ -298,6 +302,7 @@ impl Shadow {
             una: handshake.active_isn.wrapping_add(1),
             written: 0,
             closed_output: false,
+            closed_second: false,
             ahead: None,
             claimed: None,
             disbelieved: 0,
@@ -305,6 +310,7 @@ impl Shadow {
             proof_start: 0,
             active_ack: first,
             active_next: handshake.active_isn.wrapping_add(1),
+            sent_next: handshake.active_isn.wrapping_add(1),
             active_edge: first,
             active_window: 0,
             clock: handshake
@@ -348,7 +354,9 @@ impl Shadow {
 
     /// Whether nothing is left to protect: closed, or reset by either side.
     pub fn is_closed(&self) -> bool {
-        self.reset || self.state() == State::Closed
+        self.reset
+            || self.state() == State::Closed
+            || (self.closed_second && self.state() == State::TimeWait)
     }
 
     /// Memory that the flow's bytes take, without what every flow takes.
@@ -479,17 +487,25 @@ impl Shadow {
         if !segment.payload.is_empty() {
             delivered |= self.take_payload(start, end, segment.payload, ack, cx);
         }
-        if segment.fin && self.fin_at.is_none() && end >= self.held as i64 {
-            self.fin_at = Some(end as u64);
-        } else if segment.fin {
-            self.wants_ack = self.live;
+        if segment.fin {
+            if self.fin_at.is_none() && end >= self.held as i64 {
+                self.fin_at = Some(end as u64);
+            }
+            self.wants_ack |= self.live;
         }
         if start < self.held as i64 && end <= self.held as i64 && !segment.fin {
             // A keep-alive, a window probe, or something that was held before: RFC 9293
             // section 3.10.7.4.
             self.wants_ack |= self.live;
         }
-        if !delivered && (self.live || before_ack != (ack, self.client_window)) {
+        // A third duplicate makes smoltcp repeat data at once (RFC 5681 section 3.2); where only the FIN
+        // is unacknowledged it would instead forget to repeat that.
+        let duplicate = self.live
+            && segment.ack == Some(self.una)
+            && segment.payload.is_empty()
+            && !segment.fin
+            && self.socket().send_queue() > 0;
+        if !delivered && (duplicate || before_ack != (ack, self.client_window)) {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
@@ -564,7 +580,7 @@ impl Shadow {
         cx: &mut Context<'_>,
     ) -> bool {
         let taken = self.taken as i64;
-        if end <= taken || self.fin_taken {
+        if end <= taken || self.fin_at == Some(self.held) {
             return false;
         }
         let skip = (taken - start).max(0) as usize;
@@ -600,7 +616,7 @@ impl Shadow {
     fn feed_data(&mut self, data: &[u8], ack: u32, cx: &mut Context<'_>) -> usize {
         let mut window = distance(self.expected(), self.window_end).max(0) as usize;
         if window < data.len() {
-            self.poke(cx);
+            self.ask_window(cx);
             window = distance(self.expected(), self.window_end).max(0) as usize;
         }
         let offered = &data[..window.min(data.len())];
@@ -659,6 +675,15 @@ impl Shadow {
         self.feed_at(seq, TcpControl::Psh, self.una, &[0], cx);
     }
 
+    /// Makes smoltcp open its window as far as it can. What it says goes to the client with what is
+    /// held after the segment under way, not before.
+    fn ask_window(&mut self, cx: &mut Context<'_>) {
+        let live = std::mem::take(&mut self.live);
+        self.poke(cx);
+        self.live = live;
+        self.wants_ack |= live;
+    }
+
     /// Takes what smoltcp sent: translated if the shadow is live, else only read.
     fn collect(&mut self, cx: &mut Context<'_>) {
         while let Some(packet) = cx.wire.take_output() {
@@ -707,14 +732,14 @@ impl Shadow {
                     break;
                 }
             }
-            if self.fin_at == Some(self.taken) && !self.fin_taken {
+            // smoltcp hears of the client's FIN after its own: in LAST-ACK it ignores a window that opens,
+            // and would wait for good. The client's FIN is acknowledged all the same.
+            if self.fin_at == Some(self.taken) && self.closed_output && !self.fin_taken {
                 self.feed(TcpControl::Fin, self.una, &[], cx);
                 self.fin_taken = !matches!(
                     self.state(),
                     State::Established | State::SynReceived | State::FinWait1 | State::FinWait2
                 );
-                // smoltcp acknowledges by itself only once it has announced a window.
-                self.wants_ack |= self.fin_taken && self.live;
                 moved |= self.fin_taken;
             }
             if !moved {
@@ -745,7 +770,7 @@ impl Shadow {
             let queued = socket.recv_queue();
             let offered = socket.peek_slice(cx.scratch).unwrap_or(0);
             let input = &cx.scratch[..offered];
-            let eof = self.fin_taken && offered == queued;
+            let eof = self.fin_at == Some(self.taken) && offered == queued;
             let (consumed, produced) = match &mut self.source {
                 Source::Handler(handler) if !self.closed_output => {
                     // Once live there is no active to compare with.
@@ -762,6 +787,7 @@ impl Shadow {
                     if progress.finished {
                         socket.close();
                         self.closed_output = true;
+                        self.closed_second = self.fin_at == Some(self.taken);
                         moved = true;
                     }
                     (progress.consumed, progress.produced)
@@ -784,6 +810,19 @@ impl Shadow {
             }
             moved = true;
         }
+    }
+
+    /// A SYN-ACK of the active that comes after the shadow was made without it.
+    pub fn process_syn_ack(&mut self, segment: &Segment<'_>) {
+        let first = self.handshake.client_isn.wrapping_add(1);
+        if !self.inferred || segment.ack != Some(first) {
+            return;
+        }
+        self.inferred = false;
+        self.diverged |= segment.seq != self.handshake.active_isn
+            || segment.options.window_scale != self.handshake.active.window_scale
+            || segment.options.timestamp.is_some() != self.handshake.active.timestamp.is_some()
+            || segment.options.sack_permitted != self.handshake.active.sack_permitted;
     }
 
     /// A segment from the active, overheard.
@@ -848,7 +887,7 @@ impl Shadow {
                 self.proof_start = to as u64;
             }
         }
-        if self.closed_output && end > self.written as i64 {
+        if self.closed_output && !payload.is_empty() && end > self.written as i64 {
             // The active sends bytes where the shadow's stream has ended.
             self.diverged = true;
         }
@@ -877,6 +916,7 @@ impl Shadow {
         if segment.fin && end == self.written as i64 && !self.closed_output {
             self.sockets.get_mut::<Socket<'static>>(self.socket).close();
             self.closed_output = true;
+            self.closed_second = self.fin_at == Some(self.taken);
             self.source = Source::Active { complete: true };
         }
         self.pump(cx);
@@ -888,7 +928,11 @@ impl Shadow {
     pub fn fate(&self) -> Result<(), ResetReason> {
         if self.diverged {
             Err(ResetReason::Diverged)
-        } else if self.inferred && self.written > 0 && self.taken == 0 {
+        } else if self.inferred
+            && matches!(self.source, Source::Handler(_))
+            && self.written > 0
+            && self.taken == 0
+        {
             // The server speaks first: the "first" ACK may have been one of its later bytes.
             Err(ResetReason::Lagging)
         } else if matches!(self.source, Source::Active { complete: false }) && !self.is_pristine() {
@@ -956,7 +1000,7 @@ impl Shadow {
     }
 
     /// A packet of the shadow's, as the active would have sent it.
-    fn translate(&self, packet: &[u8], now: Nanos) -> Option<Outgoing> {
+    fn translate(&mut self, packet: &[u8], now: Nanos) -> Option<Outgoing> {
         let ip = Ipv4Packet::new_checked(packet).ok()?;
         let tcp = TcpPacket::new_checked(ip.payload()).ok()?;
         let (from, to) = (
@@ -964,7 +1008,18 @@ impl Shadow {
             IpAddress::Ipv4(ip.dst_addr()),
         );
         let mut repr = TcpRepr::parse(&tcp, &from, &to, &ChecksumCapabilities::ignored()).ok()?;
-        repr.seq_number = TcpSeqNumber(self.lockstep.to_wire(repr.seq_number.0 as u32) as i32);
+        let start = self.lockstep.to_wire(repr.seq_number.0 as u32);
+        self.sent_next = later(
+            self.sent_next,
+            start.wrapping_add(repr.segment_len() as u32),
+        );
+        // smoltcp knows nothing of what the active sent, and rewinds when it retransmits. An ACK from
+        // before what the client has received is not acceptable to it (RFC 9293 section 3.10.7.4).
+        let seq = match repr.control {
+            TcpControl::None if repr.payload.is_empty() => later(self.active_next, self.sent_next),
+            _ => start,
+        };
+        repr.seq_number = TcpSeqNumber(seq as i32);
         repr.timestamp = self
             .clock
             .map(|clock| TcpTimestampRepr::new(clock.read(now), self.client_tsval));

@@ -169,6 +169,7 @@ struct Host {
     sockets: SocketSet<'static>,
     wanted: HashMap<u16, u32>,
     shifts: HashMap<u16, u32>,
+    sent: HashMap<u16, u32>,
     plain: HashMap<u16, Tweaks>,
     is_client: bool,
 }
@@ -188,6 +189,7 @@ impl Host {
             sockets: SocketSet::new(vec![]),
             wanted: HashMap::new(),
             shifts: HashMap::new(),
+            sent: HashMap::new(),
             plain: HashMap::new(),
             is_client,
         }
@@ -241,7 +243,19 @@ impl Host {
                 }
             }
             let shift = self.shifts.get(&port).copied().unwrap_or(0);
-            repr.seq_number.0 = (repr.seq_number.0 as u32).wrapping_add(shift) as i32;
+            let start = (repr.seq_number.0 as u32).wrapping_add(shift);
+            repr.seq_number.0 = start as i32;
+            // smoltcp rewinds SND.NXT when it retransmits, and two stacks that do so can ignore each
+            // other's ACKs for good. Others put the highest number into an ACK (RFC 9293 section 3.10).
+            let end = start.wrapping_add(repr.segment_len() as u32);
+            let next = self.sent.entry(port).or_insert(end);
+            match repr.control {
+                TcpControl::Syn => *next = end,
+                TcpControl::None if repr.payload.is_empty() => {
+                    repr.seq_number.0 = later(*next, start) as i32;
+                }
+                _ => *next = later(*next, end),
+            }
         })
     }
 
@@ -424,6 +438,7 @@ pub fn byte(port: u16, at: u64) -> u8 {
     (x ^ (x >> 29)) as u8
 }
 
+#[derive(Debug)]
 pub struct Conn {
     pub port: u16,
     pub plan: Plan,
@@ -436,6 +451,7 @@ pub struct Conn {
     pub ended: bool,
     pub reset: bool,
     pub eof: bool,
+    peer_closed: bool,
 }
 
 impl Conn {
@@ -472,14 +488,11 @@ impl Conn {
             }
             self.next_read = now + self.plan.read.1;
         }
-        let drained = socket.recv_queue() == 0;
-        if drained
-            && !self.eof
-            && matches!(
-                socket.state(),
-                State::CloseWait | State::Closing | State::TimeWait | State::LastAck
-            )
-        {
+        self.peer_closed |= matches!(
+            socket.state(),
+            State::CloseWait | State::Closing | State::TimeWait | State::LastAck
+        );
+        if self.peer_closed && !self.eof && socket.recv_queue() == 0 {
             self.eof = true;
             assert!(
                 self.got >= self.plan.want && self.sent == self.plan.upload,
@@ -511,7 +524,8 @@ impl Conn {
             }
             _ => {}
         }
-        if socket.state() == State::Closed && !self.ended {
+        let cut_off = !self.peer_closed && self.plan.ending != Ending::Abort;
+        if socket.state() == State::Closed && (!self.ended || cut_off) {
             self.reset = true;
         }
     }
@@ -784,7 +798,29 @@ pub struct Faults {
 /// Decides on one segment: true loses it.
 pub type Filter = Box<dyn FnMut(&Segment<'_>, Direction) -> bool>;
 
+/// A segment on one line.
+struct Brief<'a>(&'a Segment<'a>);
+
+impl std::fmt::Debug for Brief<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Segment {
+            seq,
+            ack,
+            window,
+            payload,
+            ..
+        } = self.0;
+        let flag = |set, name| if set { name } else { "" };
+        let (syn, fin, rst) = (self.0.syn, self.0.fin, self.0.rst);
+        let flags = [flag(syn, "S"), flag(fin, "F"), flag(rst, "R")].concat();
+        let bytes = payload.len();
+        write!(f, "{seq}+{bytes}{flags} ack {ack:?} window {window}")
+    }
+}
+
 pub struct Lab {
+    /// Prints what arrives.
+    pub trace: bool,
     pub now: Nanos,
     pub events: u64,
     rng: Rng,
@@ -833,6 +869,7 @@ impl Lab {
     pub fn with_config(seed: u64, config: FlowsConfig) -> Self {
         let now = SECOND;
         Self {
+            trace: std::env::var("RFSIS_TRACE").is_ok(),
             now,
             events: 0,
             rng: Rng(seed),
@@ -906,6 +943,7 @@ impl Lab {
             ended: false,
             reset: false,
             eof: false,
+            peer_closed: false,
         });
         self.conns.len() - 1
     }
@@ -918,20 +956,6 @@ impl Lab {
     /// A packet of a stack or a shadow enters the wire.
     fn post(&mut self, packet: Vec<u8>, direction: Direction2) {
         let (_, segment) = parse(&packet, direction.into()).expect("a sound packet");
-        if std::env::var("LAB_TRACE").is_ok() && self.events < 100000 {
-            eprintln!(
-                "{:.4} {direction:?} seq {} ack {:?} win {} len {} {}{}{} {:?}",
-                self.now as f64 / 1e9,
-                segment.seq,
-                segment.ack,
-                segment.window,
-                segment.payload.len(),
-                if segment.syn { "S" } else { "" },
-                if segment.fin { "F" } else { "" },
-                if segment.rst { "R" } else { "" },
-                segment.options.timestamp
-            );
-        }
         if (self.lose)(&segment, direction.into()) || self.rng.happens(self.faults.loss) {
             return;
         }
@@ -946,6 +970,10 @@ impl Lab {
 
     fn arrive(&mut self, packet: &[u8], direction: Direction2) {
         let (flow, segment) = parse(packet, direction.into()).expect("a sound packet");
+        if self.trace {
+            let (now, brief) = (self.now, Brief(&segment));
+            eprintln!("{now} {direction:?} {} {brief:?}", flow.client_port);
+        }
         match direction {
             Direction2::ToVip => {
                 if segment.syn {
@@ -989,7 +1017,12 @@ impl Lab {
         {
             return;
         }
-        if faulty && self.tap_waiting.is_none() && self.rng.happens(self.faults.tap_swaps) {
+        // A SYN-ACK that comes late is a case of its own.
+        if faulty
+            && !segment.syn
+            && self.tap_waiting.is_none()
+            && self.rng.happens(self.faults.tap_swaps)
+        {
             self.tap_waiting = Some((packet.to_vec(), direction));
             return;
         }
@@ -1119,6 +1152,19 @@ impl Lab {
     pub fn crash(&mut self) {
         self.active = None;
         self.servers.clear();
+        // The service listens on the heir as well, for whoever connects anew.
+        for conn in &self.conns {
+            let mut listener = socket(65_535, None);
+            listener.listen((VIP, conn.plan.service)).unwrap();
+            let handle = self.heir.sockets.add(listener);
+            let handler = config().services[&conn.plan.service].stream();
+            self.heir_servers.push(Server {
+                handle,
+                handler,
+                input: vec![],
+                done: false,
+            });
+        }
     }
 
     /// The standby becomes active.
@@ -1145,21 +1191,33 @@ impl Lab {
 
     /// Everybody gets what it wanted, nobody is reset, and nothing is left behind.
     pub fn finish(&mut self) {
-        let count = self.conns.len();
-        let done = self.run_until(900 * SECOND, |lab| {
-            (0..count).all(|conn| lab.is_done(conn) || lab.conns[conn].reset)
-        });
-        for index in 0..count {
-            let state = self.client_state(index);
-            let conn = &self.conns[index];
+        self.settle();
+        for conn in &self.conns {
             assert!(
                 !conn.reset,
                 "port {} was reset after {} bytes",
                 conn.port, conn.got
             );
+        }
+        assert_eq!(self.told, [], "nobody is reset");
+    }
+
+    /// Everybody gets what it wanted or is told that it will not, and nothing is left behind.
+    pub fn settle(&mut self) {
+        let count = self.conns.len();
+        let done = self.run_until(900 * SECOND, |lab| {
+            (0..count).all(|conn| lab.is_done(conn) || lab.conns[conn].reset)
+        });
+        for index in 0..count {
+            let is_done = done || self.is_done(index);
+            let state = self.client_state(index);
+            let conn = &self.conns[index];
+            // Its SYN-ACK came from the active, the copy was lost, and it waits to be spoken to: nobody
+            // knows of it, as after any restart of a server.
+            let half_open = self.faults.tap_loss > 0 && conn.got == 0 && conn.sent == 0;
             assert!(
-                done,
-                "port {}: sent {} of {}, got {} of {}, {state}, {:?}",
+                is_done || conn.reset || half_open,
+                "port {} hangs: sent {} of {}, got {} of {}, {state}, {:?}",
                 conn.port,
                 conn.sent,
                 conn.plan.upload,
@@ -1167,9 +1225,7 @@ impl Lab {
                 conn.plan.want,
                 self.flows.flows.get(&conn.flow())
             );
-            assert!(conn.got >= conn.plan.want);
         }
-        assert_eq!(self.told, [], "nobody is reset");
         self.clear();
     }
 

@@ -87,7 +87,21 @@ struct Opening {
     client: Options,
     /// Initial sequence number and options of the active.
     answer: Option<(u32, Options)>,
+    /// What the client acknowledged before the answer was seen.
+    acked: Option<u32>,
     since: Nanos,
+}
+
+impl Opening {
+    /// What the client says when it has got the SYN-ACK with this number.
+    fn acknowledgement(&self, active_isn: u32) -> Segment<'static> {
+        Segment {
+            seq: self.client_isn.wrapping_add(1),
+            ack: Some(active_isn.wrapping_add(1)),
+            window: self.client_window >> self.client.window_scale.unwrap_or(0),
+            ..Segment::default()
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -323,6 +337,7 @@ impl Flows {
                 client_window: segment.window,
                 client: segment.options,
                 answer: None,
+                acked: None,
                 since: now,
             },
         );
@@ -346,31 +361,19 @@ impl Flows {
         fx: &mut impl Effects,
     ) -> bool {
         if segment.syn {
-            return self.process_syn_ack(flow, segment, fx);
+            return self.process_syn_ack(flow, segment, now, fx);
         }
         // The active sends data: the client's ACK reached it, if not its copy this standby.
         if !segment.rst
-            && let Some(&Opening {
-                client_isn,
-                answer: Some((active_isn, _)),
-                client_window,
-                client,
-                ..
-            }) = self.openings.get(&flow)
+            && let Some(&opening) = self.openings.get(&flow)
+            && let Some((active_isn, _)) = opening.answer
             && near(active_isn.wrapping_add(1), segment.seq)
             && segment
                 .ack
-                .is_some_and(|ack| near(client_isn.wrapping_add(1), ack))
+                .is_some_and(|ack| near(opening.client_isn.wrapping_add(1), ack))
         {
-            let ack = active_isn.wrapping_add(1);
-            let acknowledgement = Segment {
-                seq: client_isn.wrapping_add(1),
-                ack: Some(ack),
-                window: client_window >> client.window_scale.unwrap_or(0),
-                ..Segment::default()
-            };
             // Completes it.
-            self.process_client(flow, &acknowledgement, now, fx);
+            self.process_client(flow, &opening.acknowledgement(active_isn), now, fx);
         }
         match self.flows.get_mut(&flow) {
             Some(Flow::Shadow(_)) => {
@@ -399,10 +402,18 @@ impl Flows {
         &mut self,
         flow: FlowKey,
         segment: &Segment<'_>,
+        now: Nanos,
         fx: &mut impl Effects,
     ) -> bool {
         let Some(opening) = self.openings.get_mut(&flow) else {
-            return self.flows.contains_key(&flow);
+            return match self.flows.get_mut(&flow) {
+                Some(Flow::Shadow(shadow)) => {
+                    shadow.process_syn_ack(segment);
+                    true
+                }
+                Some(Flow::Unprotected { .. }) => true,
+                None => false,
+            };
         };
         if segment.ack != Some(opening.client_isn.wrapping_add(1)) {
             return true;
@@ -414,6 +425,10 @@ impl Flows {
             // At the bound of the map the flow stays an opening, and is refused when it completes.
             fx.protect(flow);
             fx.warm(Ipv4Addr::from(flow.client_addr));
+        }
+        let opening = *opening;
+        if opening.acked == Some(segment.seq.wrapping_add(1)) {
+            self.process_client(flow, &opening.acknowledgement(segment.seq), now, fx);
         }
         true
     }
@@ -448,6 +463,13 @@ impl Flows {
                         let echoed = segment.options.timestamp.map(|(_, echoed)| (echoed, 0));
                         active.timestamp = active.timestamp.and(echoed);
                         (ack.wrapping_sub(1), active)
+                    }
+                    // The copy may also come late.
+                    None if segment.payload.is_empty() && !segment.fin => {
+                        self.openings
+                            .entry(flow)
+                            .and_modify(|opening| opening.acked = Some(ack));
+                        return;
                     }
                     None => {
                         self.openings.remove(&flow);
@@ -646,6 +668,9 @@ impl Flows {
         self.opening_order.clear();
         for (flow, opening) in std::mem::take(&mut self.openings) {
             let Some((active_isn, active)) = opening.answer else {
+                if opening.acked.is_some() && !self.flows.contains_key(&flow) {
+                    self.leave_unprotected(flow, opening.acked, now);
+                }
                 continue;
             };
             // More was heard than its handshake: a shadow cannot start there.
