@@ -153,6 +153,8 @@ fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on() {
     let capture = Capture::start(&lab);
     let backup = Agent::start(&lab, Host::B, "backup", &Settings::default());
     let mut nc = Typist::tcp(&lab, port::ECHO);
+    // An unresolved neighbour that is flushed refuses the connection that waits for it.
+    nc.echoes("before");
     wait_until(
         "the backup to be ready",
         || backup.status(),
