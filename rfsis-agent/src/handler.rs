@@ -13,7 +13,7 @@ pub enum Output {
     Replicated,
     /// On something that two nodes do not share (a clock, a random number). A shadow does not run
     /// such a handler; it keeps what it saw the active send. At takeover a flow whose output was
-    /// complete goes on, any other is reset rather than continued with wrong bytes.
+    /// complete, or had not begun, goes on; any other is reset rather than continued with wrong bytes.
     Observed,
 }
 

@@ -5,8 +5,8 @@
 //! stays closed since nobody renews its lease. The next agent replaces it in place.
 //!
 //! Order of a start: [`Programs::load`] (state standby, so the gate is closed), [`Programs::attach_gate`],
-//! only then the VIP is configured, then [`Programs::attach_xdp`]. Order of a stop: the VIP is removed,
-//! then [`Programs::detach`].
+//! [`Programs::attach_xdp`], only then the VIP is configured. Order of a stop: the VIP is removed, then
+//! [`Programs::detach`].
 
 mod error;
 mod leftover;
