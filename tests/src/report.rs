@@ -22,6 +22,69 @@ pub fn millis(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
+/// Median; of an even number of values the upper one.
+///
+/// # Panics
+/// When there are none.
+pub fn median(values: &[f64]) -> f64 {
+    assert!(!values.is_empty(), "no values to summarise");
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// A measured figure, and what it should be. Displayed as `=> what | measured | target | met?`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Figure {
+    what: String,
+    measured: String,
+    /// The target and whether it is met.
+    target: Option<(String, bool)>,
+}
+
+impl Figure {
+    /// A figure that should be no greater than `target`.
+    pub fn at_most<T: PartialOrd>(
+        what: impl Into<String>,
+        measured: T,
+        target: T,
+        print: impl Fn(T) -> String,
+    ) -> Self {
+        let met = measured <= target;
+        Self {
+            what: what.into(),
+            measured: print(measured),
+            target: Some((format!("≤ {}", print(target)), met)),
+        }
+    }
+
+    /// A figure without a target.
+    pub fn told(what: impl Into<String>, measured: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            measured: measured.into(),
+            target: None,
+        }
+    }
+}
+
+impl std::fmt::Display for Figure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (target, met) = match &self.target {
+            Some((target, true)) => (&**target, "yes"),
+            Some((target, false)) => (&**target, "**no**"),
+            None => ("–", "–"),
+        };
+        let Self { what, measured, .. } = self;
+        write!(f, "=> {what} | {measured} | {target} | {met}")
+    }
+}
+
+/// A row of a [`table`].
+pub fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
 /// Rows as a Markdown table with aligned columns; the first row is the head.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -58,6 +121,24 @@ mod tests {
     fn the_spread_is_median_least_greatest() {
         let [one, five, nine] = [1, 5, 9].map(Duration::from_millis);
         assert_eq!(spread(&[five, one, nine]), (five, one, nine));
+    }
+
+    #[test]
+    fn the_median_heeds_order_and_not_place() {
+        assert_eq!(median(&[5.0, 1.0, 9.0]), 5.0);
+        assert_eq!(median(&[2.0]), 2.0);
+    }
+
+    #[test]
+    fn a_figure_says_whether_it_meets_its_target() {
+        let figure = |measured| Figure::at_most("size", measured, 16, |n| format!("{n} KiB"));
+        assert_eq!(figure(16).to_string(), "=> size | 16 KiB | ≤ 16 KiB | yes");
+        assert_eq!(
+            figure(17).to_string(),
+            "=> size | 17 KiB | ≤ 16 KiB | **no**"
+        );
+        let told = Figure::told("size", "17 KiB");
+        assert_eq!(told.to_string(), "=> size | 17 KiB | – | –");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The tasks themselves.
 
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::ebpf::object;
 use crate::setup::{ebpf_clippy, setup};
@@ -99,23 +100,46 @@ pub fn demo() -> Result<()> {
     ]))
 }
 
-/// All benchmarks, one binary each.
+/// All benchmarks, as Markdown; all figures with their targets in one table at the end.
 ///
 /// # Errors
-/// When setup, a build or a benchmark fails.
+/// When setup, a build or a benchmark fails. A missed target is no error: it is printed.
 pub fn bench(runs: u32) -> Result<()> {
     build()?;
-    run(as_root("measuring", cargo().arg("run"))?
-        .args([
-            "--quiet",
-            "--release",
-            "--package",
-            "tests",
-            "--bin",
-            "blackout",
-            "--",
-        ])
-        .args(["--runs", &runs.to_string()]))
+    println!("\n## Measured by `cargo xtask bench --runs {runs}`\n");
+    let mut figures = measure(
+        as_root("measuring", cargo().args(["run", "--quiet"]))?
+            .args(["--release", "--package", "tests", "--bin", "bench", "--"])
+            .args(["--runs", &runs.to_string()]),
+    )?;
+    let memory = ["bench", "--quiet", "--package", "rfsis-agent"];
+    figures.extend(measure(cargo().args(memory).args(["--bench", "shadow"]))?);
+    println!("### Summary\n\n| what | measured | target | met? |\n|---|---|---|---|");
+    for figure in figures {
+        println!("| {figure} |");
+    }
+    Ok(())
+}
+
+/// Runs a benchmark, its tables on our output, and returns its figures: the lines that begin with
+/// `=> `, without that.
+fn measure(command: &mut Command) -> Result<Vec<String>> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start a benchmark")?;
+    let output = child.stdout.take().context("a benchmark without output")?;
+    let mut figures = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        match line.strip_prefix("=> ") {
+            Some(figure) => figures.push(figure.to_owned()),
+            None => println!("{line}"),
+        }
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "a benchmark failed: {status}");
+    Ok(figures)
 }
 
 /// Lets cargo build as the user that it is, and run what it built as root.

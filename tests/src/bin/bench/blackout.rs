@@ -1,0 +1,82 @@
+//! How long a client waits when the primary dies.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use tests::pulse::Pulse;
+use tests::report::{Figure, millis, row, spread, table};
+use tests::{Death, Lab, Pair, Settings};
+
+/// Heartbeats, how many may be missed, and the longest median allowed.
+const HEARTBEATS: [(&str, u32, Duration); 2] = [
+    ("10ms", 3, Duration::from_millis(33)),
+    ("1ms", 3, Duration::from_millis(10)),
+];
+const DEATHS: [(&str, Death); 2] = [("link cut", Death::LinkCut), ("kill -9", Death::Kill9)];
+/// Echoes before the death and after the takeover.
+const STEADY: u64 = 300;
+/// With deadlines of milliseconds on a busy machine a node may take over before its peer is killed.
+/// How many runs may be void for that before the measurement is.
+const VOID_MOST: usize = 20;
+
+pub fn measure(runs: usize) -> Result<Vec<Figure>> {
+    println!("### Longest gap between echoes of a live connection at 1 kHz, {runs} runs each\n");
+    let mut rows = vec![row([
+        "heartbeats",
+        "death",
+        "median",
+        "least",
+        "greatest",
+        "target",
+        "void: took over before",
+    ])];
+    let mut figures = Vec::new();
+    for (interval, missed, target) in HEARTBEATS {
+        let settings = Settings::heartbeat(interval, missed);
+        for (name, death) in DEATHS {
+            let (mut gaps, mut void) = (Vec::new(), 0);
+            while gaps.len() < runs {
+                match blackout(&settings, death)? {
+                    Some(gap) => gaps.push(gap),
+                    None => void += 1,
+                }
+                ensure!(void <= VOID_MOST, "{void} runs took over before the death");
+            }
+            let (median, least, greatest) = spread(&gaps);
+            let heartbeats = format!("{interval} × {missed}");
+            figures.push(Figure::at_most(
+                format!("blackout at {heartbeats}, {name}, median"),
+                median,
+                target,
+                millis,
+            ));
+            let target = format!("≤ {}", millis(target));
+            let [median, least, greatest] = [median, least, greatest].map(millis);
+            let name = name.to_owned();
+            let void = void.to_string();
+            rows.push(vec![
+                heartbeats, name, median, least, greatest, target, void,
+            ]);
+        }
+    }
+    println!("{}", table(&rows));
+    Ok(figures)
+}
+
+/// The longest gap across a death of the primary; `None` if it was not the active any more.
+fn blackout(settings: &Settings, death: Death) -> Result<Option<Duration>> {
+    let lab = Lab::build(&Default::default())?;
+    let pair = Pair::start(&lab, settings);
+    let pulse = Pulse::start(&lab)?;
+    pulse.beat_on(STEADY);
+    let standby = pair.backup.status().context("no status of the backup")?;
+    if standby["state"] != "standby" || standby["flows"]["lockstep"] != 1 {
+        return Ok(None);
+    }
+    pair.primary_dies(&lab, death);
+    // Nobody asks the backup how it does until it has done: that would take time from it.
+    pulse.beat_on(STEADY);
+    pair.backup.wait_flows("live", 1);
+    let seen = pulse.finish().context("the connection did not survive")?;
+    Ok(Some(seen.longest))
+}
