@@ -254,6 +254,8 @@ impl Host {
                 TcpControl::None if repr.payload.is_empty() => {
                     repr.seq_number.0 = later(*next, start) as i32;
                 }
+                // It may be a window probe, which is outside the window.
+                _ if repr.payload.len() == 1 => {}
                 _ => *next = later(*next, end),
             }
         })
@@ -839,6 +841,8 @@ pub struct Lab {
     tap_waiting: Option<(Vec<u8>, Direction)>,
     pub lose: Filter,
     pub lose_copy: Filter,
+    /// The tap sees what the client does not get.
+    pub lose_at_client: bool,
     /// Flows whose RST reached a client that was not through with them.
     pub told: Vec<FlowKey>,
     /// What an active of another mind runs.
@@ -888,6 +892,7 @@ impl Lab {
             tap_waiting: None,
             lose: Box::new(|_, _| false),
             lose_copy: Box::new(|_, _| false),
+            lose_at_client: false,
             told: vec![],
             other_mind: None,
         }
@@ -997,6 +1002,9 @@ impl Lab {
             Direction2::FromVip => {
                 if !self.taken_over {
                     self.tap(packet, direction.into());
+                }
+                if self.lose_at_client {
+                    return;
                 }
                 if segment.rst
                     && let Some(conn) = self.conns.iter().rfind(|conn| conn.flow() == flow)
