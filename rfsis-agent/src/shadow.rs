@@ -957,7 +957,9 @@ impl Shadow {
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
     pub fn go_live(&mut self) -> bool {
         self.live = true;
-        if matches!(self.source, Source::Active { complete: false }) {
+        // Only a handler that was not run so far can have something to write.
+        let starts = matches!(self.source, Source::Active { complete: false });
+        if starts {
             self.source = Source::Handler(self.kind.stream());
         }
         self.proof = VecDeque::new();
@@ -972,7 +974,6 @@ impl Shadow {
         let owed =
             self.active_ack != self.held_next() || (self.active_window as usize) < BUFFER / 8;
         self.wants_ack = owed && socket.state() != State::SynReceived;
-        let starts = !self.closed_output && self.is_pristine();
         unacknowledged || owed || starts
     }
 
