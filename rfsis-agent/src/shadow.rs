@@ -312,7 +312,8 @@ impl Shadow {
             active_next: handshake.active_isn.wrapping_add(1),
             sent_next: handshake.active_isn.wrapping_add(1),
             active_edge: first,
-            active_window: 0,
+            // No kernel opens with a small one.
+            active_window: BUFFER as u32,
             clock: handshake
                 .active
                 .timestamp
@@ -956,7 +957,9 @@ impl Shadow {
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
     pub fn go_live(&mut self) -> bool {
         self.live = true;
-        if matches!(self.source, Source::Active { complete: false }) {
+        // Only a handler that was not run so far can have something to write.
+        let starts = matches!(self.source, Source::Active { complete: false });
+        if starts {
             self.source = Source::Handler(self.kind.stream());
         }
         self.proof = VecDeque::new();
@@ -971,7 +974,6 @@ impl Shadow {
         let owed =
             self.active_ack != self.held_next() || (self.active_window as usize) < BUFFER / 8;
         self.wants_ack = owed && socket.state() != State::SynReceived;
-        let starts = !self.closed_output && self.is_pristine();
         unacknowledged || owed || starts
     }
 
@@ -1016,7 +1018,7 @@ impl Shadow {
         // smoltcp knows nothing of what the active sent, and rewinds when it retransmits. An ACK from
         // before what the client has received is not acceptable to it (RFC 9293 section 3.10.7.4).
         let seq = match repr.control {
-            TcpControl::None if repr.payload.is_empty() => later(self.active_next, self.sent_next),
+            TcpControl::None if repr.payload.is_empty() => self.acceptable_seq(),
             _ => start,
         };
         repr.seq_number = TcpSeqNumber(seq as i32);
@@ -1047,6 +1049,17 @@ impl Shadow {
             packet: bytes,
             closes,
         })
+    }
+
+    /// The sequence number of an ACK: behind all that was sent, but inside the client's window, which a
+    /// window probe is not (Linux `tcp_acceptable_seq`).
+    fn acceptable_seq(&self) -> u32 {
+        let shift = self.handshake.shifts().map_or(0, |(client, _)| client);
+        let edge = self
+            .una
+            .wrapping_add(u32::from(self.client_window) << shift);
+        let next = later(self.active_next, self.sent_next);
+        if before(edge, next) { edge } else { next }
     }
 
     /// The window to announce, bytes: up to smoltcp's own edge, but never less than what the active

@@ -13,6 +13,12 @@
 //! Nothing is built for a connection before its handshake is complete, so a SYN flood costs an
 //! entry of fixed size in a bounded table.
 
+mod handshake;
+#[cfg(test)]
+mod lab;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::Ipv4Addr;
 
@@ -20,12 +26,12 @@ use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
+use self::handshake::{Opening, near};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
-use crate::lockstep::distance;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Options, Segment};
-use crate::shadow::{Context, FAR, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
 use crate::wire::Wire;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -77,31 +83,6 @@ pub trait Effects {
     fn release(&mut self, flow: FlowKey);
     /// Keeps the way to this client resolved.
     fn warm(&mut self, client: Ipv4Addr);
-}
-
-/// A handshake under way.
-#[derive(Clone, Copy, Debug)]
-struct Opening {
-    client_isn: u32,
-    client_window: u16,
-    client: Options,
-    /// Initial sequence number and options of the active.
-    answer: Option<(u32, Options)>,
-    /// What the client acknowledged before the answer was seen.
-    acked: Option<u32>,
-    since: Nanos,
-}
-
-impl Opening {
-    /// What the client says when it has got the SYN-ACK with this number.
-    fn acknowledgement(&self, active_isn: u32) -> Segment<'static> {
-        Segment {
-            seq: self.client_isn.wrapping_add(1),
-            ack: Some(active_isn.wrapping_add(1)),
-            window: self.client_window >> self.client.window_scale.unwrap_or(0),
-            ..Segment::default()
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -282,77 +263,6 @@ impl Flows {
         }
     }
 
-    fn process_syn(
-        &mut self,
-        flow: FlowKey,
-        segment: &Segment<'_>,
-        now: Nanos,
-        fx: &mut impl Effects,
-    ) -> bool {
-        if self.live {
-            // Only flows that live on a shadow are mirrored now. A new connection on the ports of
-            // one that has ended belongs to the kernel; the client's next try finds the way free.
-            let ended = match self.flows.get(&flow) {
-                Some(Flow::Shadow(shadow)) => shadow.has_ended(),
-                _ => true,
-            };
-            if ended {
-                self.remove(flow, fx);
-            } else {
-                self.with_shadow(flow, now, fx, |shadow, cx| {
-                    shadow.process_client(segment, cx);
-                });
-            }
-            return true;
-        }
-        // A handshake that the active has answered ends by the client's RST or in time, not by a SYN
-        // that anybody can forge.
-        if let Some(opening) = self.openings.get(&flow)
-            && (opening.client_isn == segment.seq || opening.answer.is_some())
-        {
-            return true;
-        }
-        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
-            && shadow.handshake().client_isn == segment.seq
-        {
-            return true;
-        }
-        while self.openings.len() >= MAX_OPENINGS {
-            let Some((oldest, isn)) = self.opening_order.pop_front() else {
-                break;
-            };
-            if self
-                .openings
-                .get(&oldest)
-                .is_some_and(|o| o.client_isn == isn)
-            {
-                self.forget_opening(oldest, fx);
-            }
-        }
-        self.opening_order.push_back((flow, segment.seq));
-        self.openings.insert(
-            flow,
-            Opening {
-                client_isn: segment.seq,
-                client_window: segment.window,
-                client: segment.options,
-                answer: None,
-                acked: None,
-                since: now,
-            },
-        );
-        true
-    }
-
-    fn forget_opening(&mut self, flow: FlowKey, fx: &mut impl Effects) {
-        if let Some(opening) = self.openings.remove(&flow)
-            && opening.answer.is_some()
-            && !self.flows.contains_key(&flow)
-        {
-            fx.release(flow);
-        }
-    }
-
     fn process_active(
         &mut self,
         flow: FlowKey,
@@ -396,110 +306,6 @@ impl Flows {
                 true
             }
         }
-    }
-
-    fn process_syn_ack(
-        &mut self,
-        flow: FlowKey,
-        segment: &Segment<'_>,
-        now: Nanos,
-        fx: &mut impl Effects,
-    ) -> bool {
-        let Some(opening) = self.openings.get_mut(&flow) else {
-            return match self.flows.get_mut(&flow) {
-                Some(Flow::Shadow(shadow)) => {
-                    shadow.process_syn_ack(segment);
-                    true
-                }
-                Some(Flow::Unprotected { .. }) => true,
-                None => false,
-            };
-        };
-        if segment.ack != Some(opening.client_isn.wrapping_add(1)) {
-            return true;
-        }
-        let first = opening.answer.is_none();
-        opening.answer = Some((segment.seq, segment.options));
-        self.answers.insert(flow.service_port, segment.options);
-        if first {
-            // At the bound of the map the flow stays an opening, and is refused when it completes.
-            fx.protect(flow);
-            fx.warm(Ipv4Addr::from(flow.client_addr));
-        }
-        let opening = *opening;
-        if opening.acked == Some(segment.seq.wrapping_add(1)) {
-            self.process_client(flow, &opening.acknowledgement(segment.seq), now, fx);
-        }
-        true
-    }
-
-    /// The handshake of `flow` is complete: the client sent `segment`, which acknowledges `ack`.
-    fn complete(
-        &mut self,
-        flow: FlowKey,
-        segment: &Segment<'_>,
-        ack: u32,
-        now: Nanos,
-        fx: &mut impl Effects,
-    ) {
-        let Some(opening) = self.openings.get(&flow).copied() else {
-            return;
-        };
-        let inferred = opening.answer.is_none();
-        let (active_isn, active) = match opening.answer {
-            Some((isn, options)) if near(isn.wrapping_add(1), ack) => (isn, options),
-            Some(_) => return,
-            None if segment.seq != opening.client_isn.wrapping_add(1) => return,
-            None => match self.flows.get(&flow) {
-                // A SYN that the active did not answer must not end a flow that runs.
-                Some(Flow::Shadow(shadow)) if !shadow.has_ended() => return,
-                // The active was heard already, so this is not the first ACK.
-                Some(Flow::Unprotected { .. }) => return,
-                _ => match self.answers.get(&flow.service_port) {
-                    // The copy of the SYN-ACK was lost. The service answers every client alike, but for
-                    // the timestamp, which the client echoes.
-                    Some(&options) => {
-                        let mut active = agreed(options, &opening.client);
-                        let echoed = segment.options.timestamp.map(|(_, echoed)| (echoed, 0));
-                        active.timestamp = active.timestamp.and(echoed);
-                        (ack.wrapping_sub(1), active)
-                    }
-                    // The copy may also come late.
-                    None if segment.payload.is_empty() && !segment.fin => {
-                        self.openings
-                            .entry(flow)
-                            .and_modify(|opening| opening.acked = Some(ack));
-                        return;
-                    }
-                    None => {
-                        self.openings.remove(&flow);
-                        self.leave_unprotected(flow, Some(ack), now);
-                        return;
-                    }
-                },
-            },
-        };
-        self.openings.remove(&flow);
-        self.drop_bytes_of(flow);
-        self.flows.remove(&flow);
-        if self.flows.len() >= self.config.max_flows
-            || self.bytes >= self.config.max_bytes
-            || !fx.protect(flow)
-        {
-            self.refused += 1;
-            fx.release(flow);
-            self.leave_unprotected(flow, Some(ack), now);
-            return;
-        }
-        let handshake = Handshake {
-            client_isn: opening.client_isn,
-            active_isn,
-            client_window: opening.client_window,
-            client: opening.client,
-            active,
-            inferred,
-        };
-        self.insert_shadow(flow, handshake, now);
     }
 
     fn insert_shadow(&mut self, flow: FlowKey, handshake: Handshake, now: Nanos) {
@@ -663,39 +469,6 @@ impl Flows {
         report
     }
 
-    /// Handshakes that the active answered go on from there; the others the client repeats.
-    fn adopt_openings(&mut self, now: Nanos, fx: &mut impl Effects) {
-        self.opening_order.clear();
-        for (flow, opening) in std::mem::take(&mut self.openings) {
-            let Some((active_isn, active)) = opening.answer else {
-                if opening.acked.is_some() && !self.flows.contains_key(&flow) {
-                    self.leave_unprotected(flow, opening.acked, now);
-                }
-                continue;
-            };
-            // More was heard than its handshake: a shadow cannot start there.
-            if let Some(Flow::Unprotected { .. }) = self.flows.get(&flow) {
-                continue;
-            }
-            self.drop_bytes_of(flow);
-            self.flows.remove(&flow);
-            if self.flows.len() >= self.config.max_flows || !fx.protect(flow) {
-                self.refused += 1;
-                fx.release(flow);
-                continue;
-            }
-            let handshake = Handshake {
-                client_isn: opening.client_isn,
-                active_isn,
-                client_window: opening.client_window,
-                client: opening.client,
-                active,
-                inferred: false,
-            };
-            self.insert_shadow(flow, handshake, now);
-        }
-    }
-
     /// The node is standby again: what lived here belongs to an epoch that is over.
     pub fn go_standby(&mut self, fx: &mut impl Effects) {
         self.live = false;
@@ -823,23 +596,3 @@ impl Flows {
         census
     }
 }
-
-/// Whether `number` may be one of the first of a connection whose very first is `first`.
-fn near(first: u32, number: u32) -> bool {
-    (0..FAR).contains(&distance(first, number))
-}
-
-/// What a service that answers with `options` agrees on with this client.
-fn agreed(mut options: Options, client: &Options) -> Options {
-    options.window_scale = options
-        .window_scale
-        .filter(|_| client.window_scale.is_some());
-    options.timestamp = options.timestamp.filter(|_| client.timestamp.is_some());
-    options.sack_permitted &= client.sack_permitted;
-    options
-}
-
-#[cfg(test)]
-mod lab;
-#[cfg(test)]
-mod tests;

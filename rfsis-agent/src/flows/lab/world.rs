@@ -1,0 +1,212 @@
+//! What a flow was promised, and the judge of what a live shadow does.
+
+use super::*;
+
+#[derive(Debug, Default)]
+pub(super) struct Track {
+    pub(super) client_isn: u32,
+    pub(super) mss: usize,
+    pub(super) sack: bool,
+    pub(super) timestamps: bool,
+    pub(super) scaled: bool,
+    pub(super) shift: u8,
+    pub(super) client_sack: bool,
+    pub(super) client_timestamps: bool,
+    pub(super) client_scaled: bool,
+    pub(super) answered: bool,
+    pub(super) ack: Option<u32>,
+    pub(super) edge: Option<u32>,
+    pub(super) tsval: Option<u32>,
+    /// What the tap showed of the client, without holes from the start, and behind holes.
+    pub(super) shown: u64,
+    pub(super) behind: BTreeMap<u64, u64>,
+    pub(super) fin: Option<u64>,
+}
+
+impl Track {
+    pub(super) fn of_syn(segment: &Segment<'_>) -> Self {
+        Self {
+            client_isn: segment.seq,
+            mss: usize::from(segment.options.mss.unwrap_or(536)),
+            client_sack: segment.options.sack_permitted,
+            client_timestamps: segment.options.timestamp.is_some(),
+            client_scaled: segment.options.window_scale.is_some(),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn active(&mut self, segment: &Segment<'_>) {
+        if segment.syn {
+            self.answered = true;
+            self.sack = self.client_sack && segment.options.sack_permitted;
+            self.timestamps = self.client_timestamps && segment.options.timestamp.is_some();
+            self.scaled = self.client_scaled && segment.options.window_scale.is_some();
+            self.shift = segment
+                .options
+                .window_scale
+                .filter(|_| self.scaled)
+                .unwrap_or(0);
+        }
+        let Some(ack) = segment.ack.filter(|_| !segment.rst) else {
+            return;
+        };
+        self.promise(ack, segment);
+    }
+
+    pub(super) fn promise(&mut self, ack: u32, segment: &Segment<'_>) {
+        let shift = if segment.syn { 0 } else { self.shift };
+        let edge = ack.wrapping_add(u32::from(segment.window) << shift);
+        self.ack = Some(self.ack.map_or(ack, |a| later(a, ack)));
+        self.edge = Some(self.edge.map_or(edge, |e| later(e, edge)));
+        if let Some((tsval, _)) = segment.options.timestamp {
+            self.tsval = Some(self.tsval.map_or(tsval, |t| later(t, tsval)));
+        }
+    }
+
+    pub(super) fn show(&mut self, segment: &Segment<'_>) {
+        let start = i64::from(distance(self.client_isn.wrapping_add(1), segment.seq));
+        if segment.syn || segment.rst || start < 0 {
+            return;
+        }
+        let end = start as u64 + segment.payload.len() as u64;
+        if segment.fin {
+            self.fin = Some(end);
+        }
+        self.behind
+            .entry(start as u64)
+            .and_modify(|e| *e = end.max(*e))
+            .or_insert(end);
+        while let Some(entry) = self.behind.first_entry() {
+            if *entry.key() > self.shown {
+                break;
+            }
+            self.shown = self.shown.max(entry.remove());
+        }
+    }
+
+    /// Everything that a client could hold against a live shadow.
+    pub(super) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
+        if segment.rst {
+            return;
+        }
+        let ack = segment.ack.expect("a segment without ACK");
+        let first = self.client_isn.wrapping_add(1);
+        let held = self.shown + u64::from(self.fin.is_some_and(|fin| fin <= self.shown));
+        assert!(
+            i64::from(distance(first, ack)) <= held as i64,
+            "acknowledges {} bytes of {held}",
+            distance(first, ack)
+        );
+        if let Some(promised) = self.ack {
+            assert!(!before(ack, promised), "the acknowledgement goes back");
+        }
+        let shift = if segment.syn { 0 } else { self.shift };
+        let edge = ack.wrapping_add(u32::from(segment.window) << shift);
+        if let Some(promised) = self.edge {
+            let slack = (1 << self.shift) - 1;
+            assert!(
+                distance(promised, edge) >= -slack,
+                "the window shrinks by {}",
+                distance(edge, promised)
+            );
+        }
+        let options = segment.options;
+        if segment.syn {
+            assert!(self.client_sack || !options.sack_permitted);
+            assert!(self.client_scaled || options.window_scale.is_none());
+        } else {
+            assert!(options.mss.is_none() && options.window_scale.is_none());
+            let tcp = TcpPacket::new_checked(&raw[20..]).unwrap();
+            let blocks = tcp.selective_ack_ranges().unwrap();
+            assert!(
+                self.sack || blocks.iter().all(Option::is_none),
+                "SACK not negotiated"
+            );
+            for (left, right) in blocks.into_iter().flatten() {
+                let l = u64::from(left.wrapping_sub(first));
+                let r = u64::from(right.wrapping_sub(first));
+                assert!(
+                    self.behind.iter().any(|(s, _)| *s <= l) && l > self.shown && r > l,
+                    "SACK of {l}..{r}, {} shown",
+                    self.shown
+                );
+            }
+        }
+        assert_eq!(
+            options.timestamp.is_some(),
+            self.timestamps,
+            "timestamps as negotiated"
+        );
+        if let (Some((tsval, _)), Some(last)) = (options.timestamp, self.tsval) {
+            assert!(
+                !before(tsval, last),
+                "the timestamp steps back from {last} to {tsval}"
+            );
+        }
+        let room = self.mss - if self.timestamps { 12 } else { 0 };
+        assert!(
+            segment.payload.len() <= room,
+            "{} bytes of data",
+            segment.payload.len()
+        );
+        self.promise(ack, segment);
+    }
+}
+
+/// The world that the flows act on.
+#[derive(Debug, Default)]
+pub struct World {
+    pub live: HashSet<FlowKey>,
+    pub approved: HashSet<FlowKey>,
+    pub sent: Vec<Vec<u8>>,
+    pub sent_count: usize,
+    pub resets: Vec<FlowKey>,
+    pub warmed: usize,
+    pub live_limit: Option<usize>,
+    pub(super) tracks: HashMap<FlowKey, Track>,
+}
+
+impl Effects for World {
+    fn send(&mut self, packet: &[u8]) {
+        let (flow, segment) = parse(packet, Direction::FromVip).expect("a sound packet");
+        assert!(packet.len() <= MTU, "{} bytes on the wire", packet.len());
+        assert!(
+            !(segment.fin || segment.rst) || self.approved.contains(&flow),
+            "FIN or RST without approval"
+        );
+        if segment.rst {
+            self.resets.push(flow);
+        }
+        if segment.syn {
+            self.approved.remove(&flow);
+        }
+        if let Some(track) = self.tracks.get_mut(&flow).filter(|track| track.answered) {
+            track.judge(&segment, packet);
+        }
+        self.sent_count += 1;
+        self.sent.push(packet.to_vec());
+    }
+
+    fn approve(&mut self, flow: FlowKey) {
+        self.approved.insert(flow);
+    }
+
+    fn protect(&mut self, flow: FlowKey) -> bool {
+        let full = self
+            .live_limit
+            .is_some_and(|limit| self.live.len() >= limit);
+        if full && !self.live.contains(&flow) {
+            return false;
+        }
+        self.live.insert(flow);
+        true
+    }
+
+    fn release(&mut self, flow: FlowKey) {
+        self.live.remove(&flow);
+    }
+
+    fn warm(&mut self, _: Ipv4Addr) {
+        self.warmed += 1;
+    }
+}

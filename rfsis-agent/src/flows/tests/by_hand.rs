@@ -1,0 +1,365 @@
+//! Single segments and what they may and may not do.
+
+use super::*;
+
+/// A standby and segments by hand. Numbers count from each side's initial sequence number.
+struct Hand {
+    flows: Flows,
+    world: World,
+    flow: FlowKey,
+    now: Nanos,
+}
+
+const CLIENT_ISN: u32 = 0xffff_ff00;
+const ACTIVE_ISN: u32 = 0x1234_5678;
+
+impl Hand {
+    fn with(config: FlowsConfig, service: u16) -> Self {
+        Self {
+            flows: Flows::new(config).unwrap(),
+            world: World::default(),
+            flow: segment::flow_key(CLIENT, 50_000, service),
+            now: SECOND,
+        }
+    }
+
+    fn open(service: u16) -> Self {
+        let mut hand = Self::with(config(), service);
+        hand.shake();
+        assert_eq!(hand.flows.census().lockstep, 1);
+        hand
+    }
+
+    fn shake(&mut self) {
+        self.client(0, TcpControl::Syn, b"", None);
+        self.active(0, TcpControl::Syn, b"", Some(1));
+        self.client(1, TcpControl::None, b"", Some(1));
+    }
+
+    fn client(
+        &mut self,
+        at: u32,
+        control: TcpControl,
+        data: &[u8],
+        ack: Option<u32>,
+    ) -> FrameResult {
+        let repr = TcpRepr {
+            seq_number: seq(CLIENT_ISN.wrapping_add(at)),
+            ack_number: ack.map(|ack| seq(ACTIVE_ISN.wrapping_add(ack))),
+            window_len: 60_000,
+            payload: data,
+            ..bare_repr(self.flow.client_port, self.flow.service_port, control)
+        };
+        self.show(&by_hand(&repr, Direction::ToVip), Direction::ToVip)
+    }
+
+    fn active(
+        &mut self,
+        at: u32,
+        control: TcpControl,
+        data: &[u8],
+        ack: Option<u32>,
+    ) -> FrameResult {
+        let repr = TcpRepr {
+            seq_number: seq(ACTIVE_ISN.wrapping_add(at)),
+            ack_number: ack.map(|ack| seq(CLIENT_ISN.wrapping_add(ack))),
+            window_len: 60_000,
+            payload: data,
+            ..bare_repr(self.flow.service_port, self.flow.client_port, control)
+        };
+        self.show(&by_hand(&repr, Direction::FromVip), Direction::FromVip)
+    }
+
+    fn show(&mut self, packet: &[u8], direction: Direction) -> FrameResult {
+        self.now += MS;
+        self.flows
+            .process_frame(packet, direction, self.now, &mut self.world)
+    }
+
+    /// What the live shadows said: (number, flags and length, acknowledgement), from both ISNs.
+    fn said(&mut self) -> Vec<(u32, &'static str, usize, u32)> {
+        let sent = std::mem::take(&mut self.world.sent);
+        let parsed = sent.iter().map(|packet| {
+            let (_, s) = segment::parse(packet, Direction::FromVip).unwrap();
+            let flag = match (s.syn, s.fin, s.rst) {
+                (true, ..) => "SYN",
+                (_, true, _) => "FIN",
+                (.., true) => "RST",
+                _ => "",
+            };
+            let at = s.seq.wrapping_sub(ACTIVE_ISN);
+            (
+                at,
+                flag,
+                s.payload.len(),
+                s.ack.map_or(0, |ack| ack.wrapping_sub(CLIENT_ISN)),
+            )
+        });
+        parsed.collect()
+    }
+
+    fn live(&mut self) -> TakeoverReport {
+        self.flows.go_live(self.now, &mut self.world)
+    }
+}
+
+#[test]
+fn forged_segments_change_nothing() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.active(1, TcpControl::Psh, b"abc", Some(4));
+    let before = format!("{:?}", hand.flows.flows[&hand.flow]);
+    let far = 1 << 25;
+    hand.client(5, TcpControl::Rst, b"", None);
+    hand.client(3, TcpControl::Rst, b"", Some(1));
+    hand.client(0, TcpControl::Rst, b"", None);
+    hand.client(far, TcpControl::Psh, b"evil", Some(1));
+    hand.client(0u32.wrapping_sub(far), TcpControl::Psh, b"evil", Some(1));
+    hand.client(4, TcpControl::Psh, b"evil", Some(far));
+    hand.client(4, TcpControl::None, b"", Some(60_000));
+    hand.client(77, TcpControl::Syn, b"", None);
+    hand.client(78, TcpControl::Psh, b"evil", None);
+    hand.client(1, TcpControl::Psh, b"xyz", Some(1));
+    assert_eq!(format!("{:?}", hand.flows.flows[&hand.flow]), before);
+    assert_eq!(hand.live().live, 1);
+    assert_eq!(hand.said(), [(1, "", 3, 4)], "the echo, and no byte more");
+    // Live: answered with the right numbers at the most.
+    for ack in [60_000, 60_001, far] {
+        hand.client(4, TcpControl::None, b"", Some(ack));
+        hand.client(5, TcpControl::Rst, b"", None);
+        hand.client(4, TcpControl::None, b"", Some(4));
+        assert!(hand.said().iter().all(|said| *said == (4, "", 0, 4)));
+    }
+    hand.client(4, TcpControl::Rst, b"", Some(4));
+    assert!(hand.world.live.is_empty(), "the true RST ends it");
+}
+
+#[test]
+fn a_client_that_has_more_than_the_shadow_can_write_is_told() {
+    let mut hand = Hand::open(ECHO);
+    assert_eq!(hand.live().live, 1);
+    for _ in 0..4 {
+        hand.client(101, TcpControl::Psh, b"x", Some(101));
+    }
+    assert_eq!(hand.said().last(), Some(&(101, "RST", 0, 1)));
+    assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
+}
+
+#[test]
+fn bounds_leave_new_flows_unprotected_and_old_ones_alone() {
+    for config in [
+        FlowsConfig {
+            max_flows: 3,
+            ..config()
+        },
+        FlowsConfig {
+            max_bytes: 1,
+            ..config()
+        },
+    ] {
+        let by_bytes = config.max_bytes == 1;
+        let mut hand = Hand::with(config, CHARGEN);
+        for port in 0..5 {
+            hand.flow.client_port = 1000 + port;
+            hand.shake();
+        }
+        let kept = if by_bytes { 1 } else { 3 };
+        assert_eq!(hand.flows.refused(), 5 - kept);
+        assert_eq!(hand.world.live.len(), kept as usize);
+        assert!((0..kept as u16).all(|port| {
+            hand.flow.client_port = 1000 + port;
+            hand.world.live.contains(&hand.flow)
+        }));
+        let report = hand.live();
+        assert_eq!(report.live, kept as usize);
+        assert_eq!(
+            report.resets,
+            [(ResetReason::Unprotected, 5 - kept as usize)]
+        );
+    }
+    // The map is full.
+    let mut hand = Hand::with(config(), ECHO);
+    hand.world.live_limit = Some(0);
+    hand.shake();
+    assert_eq!(
+        (hand.flows.refused(), hand.flows.census().unprotected),
+        (1, 1)
+    );
+}
+
+#[test]
+fn a_syn_flood_stays_bounded_and_leaves_flows_alone() {
+    let mut hand = Hand::open(ECHO);
+    let kept = hand.flow;
+    for at in 0..100_000u32 {
+        hand.flow = FlowKey {
+            client_addr: at,
+            client_port: 9,
+            service_port: ECHO,
+        };
+        let syn = TcpRepr {
+            seq_number: seq(CLIENT_ISN),
+            ..bare_repr(9, ECHO, TcpControl::Syn)
+        };
+        let answer = TcpRepr {
+            seq_number: seq(ACTIVE_ISN),
+            ack_number: Some(seq(CLIENT_ISN.wrapping_add(1))),
+            ..bare_repr(ECHO, 9, TcpControl::Syn)
+        };
+        let caps = smoltcp::phy::ChecksumCapabilities::default();
+        let mut bytes = vec![];
+        crate::wire::emit_packet(&mut bytes, at.into(), VIP, &syn, &caps);
+        hand.show(&bytes, Direction::ToVip);
+        if at % 2 == 0 {
+            crate::wire::emit_packet(&mut bytes, VIP, at.into(), &answer, &caps);
+            hand.show(&bytes, Direction::FromVip);
+        }
+        assert!(hand.flows.openings.len() <= MAX_OPENINGS);
+        assert!(hand.world.live.len() <= MAX_OPENINGS / 2 + 2);
+    }
+    assert!(hand.world.live.contains(&kept));
+    assert!(hand.flows.opening_order.len() <= MAX_OPENINGS);
+    hand.flows.poll(hand.now + OPENING_TIMEOUT, &mut hand.world);
+    assert_eq!(hand.world.live.iter().collect::<Vec<_>>(), [&kept]);
+    hand.flow = kept;
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.live();
+    assert_eq!(hand.said(), [(1, "", 3, 4)]);
+}
+
+#[test]
+fn a_new_syn_on_the_ports_of_a_flow_in_time_wait_finds_the_kernel() {
+    let mut hand = Hand::open(DAYTIME);
+    hand.active(1, TcpControl::Fin, b"now", Some(1));
+    hand.client(1, TcpControl::Fin, b"", Some(5));
+    hand.active(5, TcpControl::None, b"", Some(2));
+    let report = hand.live();
+    assert_eq!(
+        (report.live, report.spoke, report.resets.len()),
+        (1, 0, 0),
+        "{report:?}"
+    );
+    hand.client(500, TcpControl::Syn, b"", None);
+    assert!(hand.world.live.is_empty() && hand.said().is_empty());
+}
+
+#[test]
+fn what_has_ended_or_is_idle_is_reaped() {
+    for live in [false, true] {
+        let mut hand = Hand::open(DAYTIME);
+        hand.active(1, TcpControl::Fin, b"now", Some(1));
+        hand.client(1, TcpControl::Fin, b"", Some(5));
+        hand.active(5, TcpControl::None, b"", Some(2));
+        if live {
+            hand.live();
+        }
+        hand.flows
+            .poll(hand.now + TIME_WAIT - SECOND, &mut hand.world);
+        assert_eq!(hand.world.live.len(), 1);
+        hand.flows
+            .poll(hand.now + TIME_WAIT + SECOND, &mut hand.world);
+        assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
+
+        let mut hand = Hand::open(ECHO);
+        if live {
+            hand.live();
+        }
+        hand.flows
+            .poll(hand.now + config().idle_timeout, &mut hand.world);
+        assert_eq!(hand.world.live.len(), 1);
+        hand.flows
+            .poll(hand.now + config().idle_timeout + SECOND, &mut hand.world);
+        assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
+    }
+}
+
+#[test]
+fn a_node_that_yields_forgets_everything() {
+    let mut hand = Hand::open(CHARGEN);
+    hand.flow.client_port = 1;
+    hand.client(0, TcpControl::Syn, b"", None);
+    hand.active(0, TcpControl::Syn, b"", Some(1));
+    assert_eq!(hand.world.live.len(), 2);
+    hand.live();
+    hand.flows.go_standby(&mut hand.world);
+    assert!(hand.world.live.is_empty());
+    assert_eq!(hand.flows.census(), Census::default());
+    hand.shake();
+    assert_eq!(hand.flows.census().lockstep, 1, "it is a standby again");
+}
+
+#[test]
+fn a_held_fin_goes_only_on_a_live_node_and_only_for_the_kernels_flows() {
+    let mut hand = Hand::open(ECHO);
+    let mine = hand.flow;
+    let held = |port, flags| HeldEvent {
+        flow: FlowKey {
+            client_port: port,
+            ..mine
+        },
+        seq: 77,
+        ack: 99,
+        flags,
+        ..HeldEvent::default()
+    };
+    assert!(
+        !hand.flows.process_held(&held(1, 1), &mut hand.world),
+        "standby"
+    );
+    hand.live();
+    assert!(
+        !hand
+            .flows
+            .process_held(&held(mine.client_port, 1), &mut hand.world)
+    );
+    assert!(hand.world.approved.is_empty() && hand.world.sent.is_empty());
+    assert!(hand.flows.process_held(&held(1, 1), &mut hand.world));
+    assert!(hand.world.sent.is_empty(), "the kernel repeats a FIN");
+    assert!(hand.flows.process_held(&held(2, 4 | 16), &mut hand.world));
+    let sent = hand.said();
+    assert_eq!(sent.len(), 1);
+    assert_eq!(sent[0].1, "RST");
+    assert_eq!(sent[0].0.wrapping_add(ACTIVE_ISN), 77);
+}
+
+#[test]
+fn of_ten_thousand_flows_only_those_speak_that_must() {
+    let mut hand = Hand::with(config(), ECHO);
+    for port in 1..=10_000 {
+        hand.flow.client_port = port;
+        hand.shake();
+        if port % 1000 == 0 {
+            hand.client(1, TcpControl::Psh, b"abc", Some(1));
+        } else if port % 2 == 0 {
+            hand.client(1, TcpControl::Psh, b"abc", Some(1));
+            hand.active(1, TcpControl::Psh, b"abc", Some(4));
+            hand.client(4, TcpControl::None, b"", Some(4));
+        }
+    }
+    let report = hand.live();
+    assert_eq!(
+        (report.live, report.spoke, report.resets.len()),
+        (10_000, 10, 0)
+    );
+    assert_eq!(hand.said(), [(1, "", 3, 4); 10]);
+    assert_eq!(hand.flows.timers.len(), 10, "idle flows cost no timer");
+}
+
+#[test]
+fn a_syn_ack_copy_that_comes_after_the_ack_still_counts() {
+    let mut hand = Hand::with(config(), ECHO);
+    hand.client(0, TcpControl::Syn, b"", None);
+    hand.client(1, TcpControl::None, b"", Some(1));
+    hand.active(0, TcpControl::Syn, b"", Some(1));
+    assert_eq!(hand.flows.census().lockstep, 1);
+}
+
+#[test]
+fn a_flow_that_lost_a_frame_in_the_ring_lags_until_the_active_acknowledges_what_is_held() {
+    let mut hand = Hand::open(ECHO);
+    hand.flows.mark_lost(hand.flow, hand.now);
+    assert_eq!(hand.flows.census().lagging, 1);
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.active(1, TcpControl::Psh, b"abc", Some(4));
+    assert_eq!(hand.flows.census().lockstep, 1);
+}
