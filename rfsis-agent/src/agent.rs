@@ -203,6 +203,10 @@ async fn attach_and_serve(
     let metrics =
         Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("cannot register the metrics")?);
     metrics.xdp_mode.choose(xdp_mode);
+    for reason in TakeoverReason::FAILOVERS {
+        metrics.failovers.with_label_values(&[reason.as_str()]);
+    }
+    metrics.heartbeat_age.set(f64::NAN);
     let shared = Arc::new(Shared::default());
     let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared));
     let cancel = CancellationToken::new();
@@ -352,6 +356,7 @@ fn start_engine(
         inbox,
         metrics: Arc::clone(metrics),
         shared: Arc::clone(shared),
+        gave_up: 0,
         took_over,
     };
     let thread = start_vital("rfsis-shadows", move || {
@@ -581,7 +586,7 @@ impl Story {
             ?duration,
             "announced the VIP"
         );
-        if takeover.reason == TakeoverReason::Startup {
+        if !TakeoverReason::FAILOVERS.contains(&takeover.reason) {
             return;
         }
         metrics

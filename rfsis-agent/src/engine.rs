@@ -15,7 +15,7 @@ use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent};
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::Nanos;
-use crate::metrics::{FlowCondition, FrameResult, Metrics};
+use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::shared::Shared;
 use crate::sys::{self, RawIpSocket};
 
@@ -158,6 +158,8 @@ pub struct Engine {
     pub metrics: Arc<Metrics>,
     /// What others may see.
     pub shared: Arc<Shared>,
+    /// Live flows that were reset, as far as they are counted.
+    pub gave_up: u64,
     /// Told of each takeover.
     pub took_over: tokio::sync::mpsc::UnboundedSender<FlowsTookOver>,
 }
@@ -289,6 +291,10 @@ impl Engine {
         }
         metrics.shadow_lag.set(census.lag_bytes as i64);
         metrics.shadow_bytes.set(census.bytes as i64);
+        metrics
+            .flow_resets
+            .add(ResetReason::Lagging, self.flows.gave_up() - self.gave_up);
+        self.gave_up = self.flows.gave_up();
         let refused = self.flows.refused();
         metrics
             .flows_refused

@@ -29,4 +29,5 @@ pub mod services;
 pub mod shadow;
 pub mod shared;
 pub mod sys;
+pub mod tail;
 pub mod wire;

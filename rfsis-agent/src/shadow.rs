@@ -35,6 +35,7 @@ use crate::lockstep::{Lockstep, TimestampClock, before, clamp_ack, distance, lat
 use crate::metrics::{FlowCondition, ResetReason};
 use crate::reorder::Reorder;
 use crate::segment::{Options, Segment};
+use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, emit_packet, instant};
 
 /// Receive and send buffer of a shadow, bytes. One byte short of 64 KiB, so that smoltcp's own
@@ -47,6 +48,9 @@ pub const REORDER_LIMIT: usize = 2 << 20;
 
 /// A segment that lies so many bytes from what is expected belongs to another life of the flow.
 pub const FAR: i32 = 16 << 20;
+
+/// A client that has lost packets fills the hole within some retransmission timeouts, ns.
+const HOLE_PATIENCE: Nanos = 5_000_000_000;
 
 /// So many acknowledgements in a row of what nobody sent are the client's own: a forger would have
 /// to guess each, and the client's true ones would come between.
@@ -169,7 +173,11 @@ pub struct Shadow {
     inferred: bool,
     lost_since: Option<Nanos>,
 
+    tail: TailProbe,
+    /// A hole before which nothing moved: bytes held, and since when.
+    hole: Option<(u64, Nanos)>,
     live: bool,
+    gave_up: bool,
     reset: bool,
     wants_ack: bool,
     last_activity: Nanos,
@@ -322,7 +330,10 @@ impl Shadow {
             diverged: false,
             inferred: handshake.inferred,
             lost_since: None,
+            tail: TailProbe::default(),
+            hole: None,
             live: false,
+            gave_up: false,
             reset: false,
             wants_ack: false,
             last_activity: cx.now,
@@ -510,19 +521,44 @@ impl Shadow {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
-        if self.live && (self.ahead.is_some() || self.disbelieved >= DISBELIEF) {
+        if self.live
+            && (self.ahead.is_some() || self.disbelieved >= DISBELIEF || self.hole_stays(cx.now))
+        {
             self.give_up(cx);
         }
     }
 
-    /// The client has bytes that this shadow cannot write, because it lacks those they answer: copies
-    /// were lost on the way here. The client is told, instead of waiting for good.
+    /// The client goes on behind a hole and never fills it: it was told, by the active, that the bytes
+    /// had arrived.
+    fn hole_stays(&mut self, now: Nanos) -> bool {
+        let hole = self.reorder.ranges_behind(self.held)[0].is_some();
+        self.hole = match self.hole {
+            Some((held, since)) if hole && held == self.held => Some((held, since)),
+            _ => hole.then_some((self.held, now)),
+        };
+        self.hole
+            .is_some_and(|(_, since)| now.saturating_sub(since) > HOLE_PATIENCE)
+    }
+
+    /// The client has bytes that this shadow cannot write, or sends bytes behind some that it lacks:
+    /// copies were lost on the way here. The client is told, instead of waiting for good.
     fn give_up(&mut self, cx: &mut Context<'_>) {
         cx.out.push(Outgoing {
             packet: self.reset_packet(),
             closes: true,
         });
         self.reset = true;
+        self.gave_up = true;
+    }
+
+    /// Whether either side has reset the connection: then nothing of it is left to be answered.
+    pub fn was_reset(&self) -> bool {
+        self.reset
+    }
+
+    /// Whether this shadow has just told its client that it lacks bytes.
+    pub fn has_given_up(&self) -> bool {
+        self.gave_up
     }
 
     /// RFC 7323 section 4.3: only what does not lie behind a hole moves the echoed timestamp.
@@ -639,6 +675,7 @@ impl Shadow {
         self.feed_at(self.expected(), control, ack, payload, cx);
         if before(self.una, ack) {
             self.una = ack;
+            self.tail.acknowledged(ack, cx.now);
             self.forget_proof();
         }
     }
@@ -849,6 +886,9 @@ impl Shadow {
             clock.observe(tsval, cx.now);
         }
         self.active_next = later(self.active_next, segment.end());
+        if !segment.payload.is_empty() {
+            self.tail.sent(segment.end(), cx.now);
+        }
         if let Some(claimed) = self.claimed
             && !before(self.active_next, claimed)
         {
@@ -964,6 +1004,7 @@ impl Shadow {
         }
         self.proof = VecDeque::new();
         self.proof_start = self.written;
+        self.tail.restart();
         let socket = self.socket();
         let unacknowledged = socket.send_queue() > 0
             || !matches!(
@@ -984,6 +1025,10 @@ impl Shadow {
 
     /// Collects everything that the live shadow has to send now.
     pub fn dispatch(&mut self, cx: &mut Context<'_>) {
+        if self.probe_at().is_some_and(|at| at <= cx.now) {
+            self.tail.repeated();
+            self.force_retransmit(cx);
+        }
         while self
             .iface
             .poll_egress(instant(cx.now), cx.wire, &mut self.sockets)
@@ -995,10 +1040,34 @@ impl Shadow {
         }
     }
 
+    /// When the oldest unacknowledged segment is to be repeated; a closed window has its own probes.
+    fn probe_at(&self) -> Option<Nanos> {
+        let waiting = self.client_window > 0
+            && self.socket().send_queue() > 0
+            && self.state() != State::SynReceived;
+        self.tail.due_at().filter(|_| waiting)
+    }
+
+    /// Three duplicate acknowledgements make smoltcp repeat its oldest segment (RFC 5681 section 3.2).
+    /// A changed window makes it forget those that it has counted before.
+    fn force_retransmit(&mut self, cx: &mut Context<'_>) {
+        let window = self.client_window;
+        self.client_window = if window > 1 { window ^ 1 } else { 2 };
+        for _ in 0..4 {
+            self.feed_at(self.expected(), TcpControl::None, self.una, &[], cx);
+        }
+        self.client_window = window;
+        self.feed_at(self.expected(), TcpControl::None, self.una, &[], cx);
+    }
+
     /// When `dispatch` is due without a frame before, ns; `None` if never.
     pub fn next_wakeup(&mut self, now: Nanos) -> Option<Nanos> {
-        let at = self.iface.poll_at(instant(now), &self.sockets)?;
-        Some((at.total_micros().max(0) as u64) * 1000)
+        let stack = self.iface.poll_at(instant(now), &self.sockets);
+        let stack = stack.map(|at| (at.total_micros().max(0) as u64) * 1000);
+        match (stack, self.probe_at()) {
+            (Some(stack), Some(probe)) => Some(stack.min(probe)),
+            (stack, probe) => stack.or(probe),
+        }
     }
 
     /// A packet of the shadow's, as the active would have sent it.
@@ -1015,6 +1084,10 @@ impl Shadow {
             self.sent_next,
             start.wrapping_add(repr.segment_len() as u32),
         );
+        if !repr.payload.is_empty() {
+            self.tail
+                .sent(start.wrapping_add(repr.payload.len() as u32), now);
+        }
         // smoltcp knows nothing of what the active sent, and rewinds when it retransmits. An ACK from
         // before what the client has received is not acceptable to it (RFC 9293 section 3.10.7.4).
         let seq = match repr.control {

@@ -19,7 +19,7 @@ mod lab;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
 
 use rfsis_common::frame::tcp_flags;
@@ -41,6 +41,13 @@ pub const MAX_OPENINGS: usize = 16_384;
 
 /// A handshake that is not completed by then was given up by the client (RFC 6298, `tcp_syn_retries`).
 const OPENING_TIMEOUT: Nanos = 130 * SECOND;
+
+/// How long the last segments of a flow that was closed by both sides may be under way. Handed to the
+/// kernel, which knows nothing of the flow, each would be answered by a reset.
+const LINGER: Nanos = 2 * SECOND;
+
+/// Next hops of clients are refreshed so often.
+const WARM: Nanos = 20 * SECOND;
 
 /// How long a closed flow answers late segments (RFC 9293 section 3.10.8, Linux's 60 s).
 const TIME_WAIT: Nanos = 60 * SECOND;
@@ -146,6 +153,9 @@ pub struct Flows {
     live: bool,
     refused: u64,
     next_sweep: Nanos,
+    next_warm: Nanos,
+    /// Live flows that turned out to lack bytes, and were reset.
+    gave_up: u64,
     /// The latest time that was passed in: arrivals of several CPUs are not quite in order.
     clock: Nanos,
 }
@@ -175,9 +185,16 @@ impl Flows {
             live: false,
             refused: 0,
             next_sweep: 0,
+            next_warm: 0,
+            gave_up: 0,
             clock: 0,
             config,
         })
+    }
+
+    /// Live flows that turned out to lack bytes and were reset, since the start.
+    pub fn gave_up(&self) -> u64 {
+        self.gave_up
     }
 
     fn advance(&mut self, now: Nanos) -> Nanos {
@@ -354,6 +371,10 @@ impl Flows {
         let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) else {
             return;
         };
+        if shadow.is_closed() {
+            // It lingers: the client's last segments are nobody's any more.
+            return;
+        }
         let before = shadow.bytes();
         let mut cx = Context {
             wire: &mut self.wire,
@@ -367,7 +388,9 @@ impl Flows {
             shadow.dispatch(&mut cx);
         }
         self.bytes = self.bytes + shadow.bytes() - before;
+        self.gave_up += u64::from(shadow.has_given_up());
         let closed = shadow.is_closed();
+        let reset = shadow.was_reset();
         let wakeup = (self.live && !closed)
             .then(|| shadow.next_wakeup(now))
             .flatten()
@@ -381,7 +404,7 @@ impl Flows {
         if self.live {
             self.set_timer(flow, wakeup);
         }
-        if closed {
+        if reset {
             self.remove(flow, fx);
         }
     }
@@ -438,6 +461,7 @@ impl Flows {
                         client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
                     doomed.push((flow, ResetReason::Unprotected, packet));
                 }
+                Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) => match shadow.fate() {
                     Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
                     Ok(()) => {
@@ -541,7 +565,7 @@ impl Flows {
                 Flow::Shadow(shadow) => {
                     shadow.relax();
                     let quiet = now.saturating_sub(shadow.last_activity());
-                    shadow.is_closed()
+                    (shadow.is_closed() && quiet > LINGER)
                         || quiet > idle
                         || (shadow.state() == State::TimeWait && quiet > TIME_WAIT)
                         || (live && shadow.bytes() > 0 && quiet > SILENT_CLIENT)
@@ -553,6 +577,13 @@ impl Flows {
         }
         for flow in ended {
             self.remove(flow, fx);
+        }
+        if !live && now >= self.next_warm {
+            self.next_warm = now + WARM;
+            let clients: HashSet<u32> = self.flows.keys().map(|flow| flow.client_addr).collect();
+            for client in clients {
+                fx.warm(Ipv4Addr::from(client));
+            }
         }
         while let Some(&(flow, isn)) = self.opening_order.front() {
             match self.openings.get(&flow) {
@@ -580,6 +611,7 @@ impl Flows {
         for entry in self.flows.values() {
             match entry {
                 Flow::Unprotected { .. } => census.unprotected += 1,
+                Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) => {
                     census.lag_bytes += u64::from(shadow.lag());
                     *match shadow.condition() {

@@ -168,7 +168,7 @@ impl Metrics {
             epoch: family.integer("rfsis_epoch", "Number that grows with each takeover.")?,
             failovers: family.counters(
                 "rfsis_failovers_total",
-                "Takeovers by this node.",
+                "Takeovers by this node; becoming active at the start does not count.",
                 &["reason"],
             )?,
             takeover_duration: family.register(Histogram::with_opts(

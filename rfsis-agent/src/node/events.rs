@@ -114,6 +114,10 @@ pub enum TakeoverReason {
 }
 
 impl TakeoverReason {
+    /// The reasons that make a takeover a failover.
+    pub const FAILOVERS: [TakeoverReason; 2] =
+        [TakeoverReason::HeartbeatTimeout, TakeoverReason::PeerSilent];
+
     /// Value of the metrics label `reason`.
     pub const fn as_str(self) -> &'static str {
         match self {
