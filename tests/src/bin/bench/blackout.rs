@@ -18,6 +18,9 @@ const DEATHS: [(&str, Death); 2] = [("link cut", Death::LinkCut), ("kill -9", De
 /// Echoes before the death and after the takeover.
 const STEADY: u64 = 300;
 
+/// A blackout as long as this wants an explanation.
+const FAR_OFF: Duration = Duration::from_millis(200);
+
 pub fn measure(runs: usize) -> Result<Vec<Figure>> {
     println!("### Longest gap between echoes of a live connection at 1 kHz, {runs} runs each\n");
     let mut rows = vec![row([
@@ -72,5 +75,12 @@ fn blackout(settings: &Settings, death: Death) -> Result<Option<Duration>> {
     pulse.beat_on(STEADY);
     pair.backup.wait_flows("live", 1);
     let seen = pulse.finish().context("the connection did not survive")?;
+    if seen.longest > FAR_OFF {
+        let log = pair.backup.log();
+        eprintln!(
+            "a blackout of {:?}; what the standby said:\n{log}",
+            seen.longest
+        );
+    }
     Ok(Some(seen.longest))
 }
