@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 use tests::report::{Figure, row, table};
-use tests::{Lab, Pair, Settings};
+use tests::{Lab, Settings};
 
 use crate::process::cpu_time;
+use crate::settled::pair;
 
 /// How long the agents are watched.
 const WATCH: Duration = Duration::from_secs(10);
@@ -17,7 +18,7 @@ pub fn measure(_runs: usize) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for (interval, missed) in [("10ms", 3), ("1ms", 3)] {
         let lab = Lab::build(&Default::default())?;
-        let pair = Pair::start(&lab, &Settings::heartbeat(interval, missed));
+        let pair = pair(&lab, &Settings::heartbeat(interval, missed));
         let agents = [&pair.primary, &pair.backup];
         let before = agents.map(cpu_time);
         std::thread::sleep(WATCH);

@@ -7,6 +7,7 @@
 mod blackout;
 mod idle;
 mod process;
+mod settled;
 mod takeover;
 mod upload;
 

@@ -28,3 +28,16 @@ pub fn resident_kib(agent: &Agent) -> Result<f64> {
     let number = line.trim().trim_end_matches(" kB");
     number.parse().with_context(|| format!("VmRSS:{line}"))
 }
+
+/// How often the thread of this name has gone to sleep (voluntary_ctxt_switches).
+pub fn sleeps(agent: &Agent, thread: &str) -> Result<u64> {
+    for task in std::fs::read_dir(format!("/proc/{}/task", agent.pid()))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+        if field("Name:").map(str::trim) == Some(thread) {
+            let count = field("voluntary_ctxt_switches:").context("no voluntary_ctxt_switches")?;
+            return Ok(count.trim().parse()?);
+        }
+    }
+    anyhow::bail!("the agent has no thread {thread}")
+}

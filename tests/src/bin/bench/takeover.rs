@@ -8,9 +8,10 @@ use anyhow::{Context, Result, ensure};
 use tests::agent::port;
 use tests::patience::{PATIENCE, wait_until};
 use tests::report::{Figure, median, millis, row, spread, table};
-use tests::{Agent, Lab, Pair, Settings, VIP};
+use tests::{Agent, Lab, Settings, VIP};
 
 use crate::process::resident_kib;
+use crate::settled::{is_standby, pair, valid};
 
 /// Idle flows at the death.
 const FEW: usize = 1;
@@ -58,10 +59,10 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
         "RSS with flows",
     ])];
     // In turns, so that what else the machine does meets both alike.
-    let mut outcomes = [Vec::new(), Vec::new()];
+    let (mut outcomes, mut void) = ([Vec::new(), Vec::new()], 0);
     for _ in 0..runs {
         for (outcomes, flows) in outcomes.iter_mut().zip([FEW, MANY]) {
-            outcomes.push(takeover(flows)?);
+            outcomes.push(valid(&mut void, || takeover(flows))?);
         }
     }
     for (outcomes, flows) in outcomes.iter().zip([FEW, MANY]) {
@@ -83,7 +84,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             mebibytes(1),
         ]);
     }
-    println!("{}", table(&rows));
+    println!("{}\nVoid runs: {void}\n", table(&rows));
     let [few, many] = &outcomes;
     let work =
         |outcomes: &[Takeover]| spread(&outcomes.iter().map(|o| o.work).collect::<Vec<_>>()).0;
@@ -116,25 +117,21 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
     ])
 }
 
-fn takeover(flows: usize) -> Result<Takeover> {
+/// One run; `None` if the nodes changed places before the death.
+fn takeover(flows: usize) -> Result<Option<Takeover>> {
     let lab = Lab::build(&Default::default())?;
-    let pair = Pair::start(&lab, &Settings::heartbeat("10ms", 3));
+    let pair = pair(&lab, &Settings::heartbeat("10ms", 3));
     let without = resident_kib(&pair.backup)?;
-    let mut clients = lab.client().run(|| -> Result<Vec<TcpStream>> {
-        (0..flows)
-            .map(|number| {
-                let connected = TcpStream::connect((VIP, port::ECHO));
-                let client = connected.with_context(|| format!("connection {number}"))?;
-                client.set_read_timeout(Some(PATIENCE))?;
-                client.set_nodelay(true)?;
-                Ok(client)
-            })
-            .collect()
-    })?;
-    for client in &mut clients {
-        say_and_hear(client, b"before\n")?;
+    let mut clients = match converse(&lab, flows) {
+        Err(_) if !is_standby(&pair.backup) => return Ok(None),
+        clients => clients?,
+    };
+    let status = pair.backup.wait_status("all flows lockstep", |status| {
+        status["state"] != "standby" || status["flows"]["lockstep"] == flows
+    });
+    if status["state"] != "standby" {
+        return Ok(None);
     }
-    pair.backup.wait_flows("lockstep", flows as u64);
     let with = resident_kib(&pair.backup)?;
 
     let killed = pair.primary.kill9();
@@ -151,13 +148,32 @@ fn takeover(flows: usize) -> Result<Takeover> {
     let work = status["last_failover"]["duration_seconds"]
         .as_f64()
         .context("no last_failover in the status")?;
-    Ok(Takeover {
+    Ok(Some(Takeover {
         work: Duration::from_secs_f64(work),
         all_live: all_live(&pair.backup)?,
         first_echo,
         sample_answered,
         resident: [without, with],
-    })
+    }))
+}
+
+/// Connections to echo that have said a line and heard it.
+fn converse(lab: &Lab, count: usize) -> Result<Vec<TcpStream>> {
+    let mut clients = lab.client().run(|| -> Result<Vec<TcpStream>> {
+        (0..count)
+            .map(|number| {
+                let connected = TcpStream::connect((VIP, port::ECHO));
+                let client = connected.with_context(|| format!("connection {number}"))?;
+                client.set_read_timeout(Some(PATIENCE))?;
+                client.set_nodelay(true)?;
+                Ok(client)
+            })
+            .collect()
+    })?;
+    for client in &mut clients {
+        say_and_hear(client, b"before\n")?;
+    }
+    Ok(clients)
 }
 
 fn say_and_hear(client: &mut TcpStream, line: &[u8]) -> Result<()> {

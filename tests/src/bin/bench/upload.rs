@@ -12,9 +12,10 @@ use tests::client::connect;
 use tests::metrics::Metrics;
 use tests::patience::wait_until;
 use tests::report::{Figure, median, row, table};
-use tests::{Agent, Host, Lab, Pair, Settings};
+use tests::{Agent, Host, Lab, Settings};
 
-use crate::process::cpu_time;
+use crate::process::{cpu_time, sleeps};
+use crate::settled::{is_standby, pair, valid};
 
 /// How long a client sends.
 const SENDING: Duration = Duration::from_secs(3);
@@ -23,6 +24,8 @@ const ROUNDS_MOST: usize = 5;
 /// SO_SNDBUF of the client, bytes: more than the service's window, and little against what is sent,
 /// so that what was written is what was transferred.
 const SEND_BUFFER: usize = 256 << 10;
+/// The agent's thread that takes frames from the ring.
+const SHADOW_THREAD: &str = "rfsis-shadows";
 const CONNECTIONS: [usize; 2] = [1, 8];
 /// How often an agent counts its flows for `status`; nothing tells that it has.
 const COUNT_INTERVAL: Duration = Duration::from_millis(50);
@@ -49,6 +52,8 @@ struct Seen {
     lagging: u64,
     /// CPU of the standby's agent, of one core.
     cpu: f64,
+    /// Of the standby's shadow thread, per second.
+    wakeups: f64,
 }
 
 pub fn measure(runs: usize) -> Result<Vec<Figure>> {
@@ -72,14 +77,15 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
         "shadows made of them",
         "flows lagging",
         "CPU of the standby's agent",
+        "wake-ups/s of its shadow thread",
     ])];
-    let mut figures = Vec::new();
+    let (mut figures, mut void) = (Vec::new(), 0);
     for connections in CONNECTIONS {
         let (mut bare, mut with, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..rounds {
             // First one way round, then the other: a drift of the machine meets both alike.
             for standby in [round % 2 == 1, round % 2 == 0] {
-                let upload = upload(connections, standby)?;
+                let upload = valid(&mut void, || upload(connections, standby))?;
                 match upload.seen {
                     Some(what) => {
                         with.push(upload.gigabits);
@@ -124,6 +130,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             results(&seen),
             lagging.clone(),
             format!("{:.0} %", median(&column(|s| s.cpu)) * 100.0),
+            format!("{:.0}", median(&column(|s| s.wakeups))),
         ]);
         let what = format!("upload, {connections} connections: ");
         figures.extend([
@@ -140,35 +147,45 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             ),
         ]);
     }
-    println!("{}\n{}", table(&speed), table(&shadows));
+    println!(
+        "{}\n{}\nVoid runs: {void}\n",
+        table(&speed),
+        table(&shadows)
+    );
     Ok(figures)
 }
 
-fn upload(connections: usize, with_standby: bool) -> Result<Upload> {
+/// One upload; `None` if the nodes changed places.
+fn upload(connections: usize, with_standby: bool) -> Result<Option<Upload>> {
     let lab = Lab::build(&Default::default())?;
     let settings = Settings::default();
     if with_standby {
-        let pair = Pair::start(&lab, &settings);
-        observed(&lab, &pair.backup, connections)
-    } else {
-        let alone = Agent::start(&lab, Host::A, "primary", &settings);
-        alone.wait_state("active");
-        let (_clients, gigabits) = send(&lab, connections)?;
-        Ok(Upload {
-            gigabits,
-            seen: None,
-        })
+        let pair = pair(&lab, &settings);
+        let upload = observed(&lab, &pair.backup, connections);
+        return match is_standby(&pair.backup) {
+            true => upload.map(Some),
+            false => Ok(None),
+        };
     }
+    let alone = Agent::start(&lab, Host::A, "primary", &settings);
+    alone.wait_state("active");
+    let (_clients, gigabits) = send(&lab, connections)?;
+    Ok(Some(Upload {
+        gigabits,
+        seen: None,
+    }))
 }
 
 fn observed(lab: &Lab, standby: &Agent, connections: usize) -> Result<Upload> {
     let (before, cpu_before) = (standby.metrics(), cpu_time(standby)?);
-    let lost_on_cable = lab.lost_towards(Host::B);
+    let lost_on_cable = lab.lost_towards(standby.host());
+    let sleeps_before = sleeps(standby, SHADOW_THREAD)?;
     let began = Instant::now();
     // The connections stay open until the shadows have been counted.
     let (_clients, gigabits) = send(lab, connections)?;
     let elapsed = began.elapsed().as_secs_f64();
     let cpu = (cpu_time(standby)? - cpu_before).as_secs_f64() / elapsed;
+    let wakeups = (sleeps(standby, SHADOW_THREAD)? - sleeps_before) as f64 / elapsed;
     // All that was mirrored has been taken from the ring.
     let after = wait_until(
         "the frame ring to be empty",
@@ -193,10 +210,11 @@ fn observed(lab: &Lab, standby: &Agent, connections: usize) -> Result<Upload> {
             rate: mirrored / elapsed,
             mirrored,
             lost: verdict(&after, "mirror_lost") - verdict(&before, "mirror_lost"),
-            lost_on_cable: lab.lost_towards(Host::B) - lost_on_cable,
+            lost_on_cable: lab.lost_towards(standby.host()) - lost_on_cable,
             results,
             lagging: status["flows"]["lagging"].as_u64().unwrap_or(0),
             cpu,
+            wakeups,
         }),
     })
 }
