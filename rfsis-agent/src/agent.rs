@@ -416,6 +416,7 @@ fn start_pulse(
     let pulse = Pulse {
         node,
         codec: Codec::new(&config.key.0, &config.cluster),
+        interval: config.heartbeat.interval,
         peer: config.nodes[1 - own],
         vip: config.virtual_ip,
         mac: netif.mac,

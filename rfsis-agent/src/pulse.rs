@@ -29,6 +29,9 @@ use crate::sys::{self, PacketSocket};
 /// keep the thread from sending.
 const BATCH: usize = 1024;
 
+/// Up to this interval the thread does not wake up for a heartbeat.
+const SHORT_INTERVAL: Duration = Duration::from_millis(2);
+
 /// A takeover, for the history.
 #[derive(Clone, Copy, Debug)]
 pub struct Takeover {
@@ -57,6 +60,8 @@ pub struct Pulse {
     pub node: Node,
     /// Writes and reads heartbeats.
     pub codec: Codec,
+    /// Between two heartbeats.
+    pub interval: Duration,
     /// Address of the peer node.
     pub peer: Ipv4Addr,
     /// The virtual IP.
@@ -144,7 +149,7 @@ impl Pulse {
             }
             self.publish(&mut runner);
             let wakeup = self.node.next_wakeup().min(runner.announcer.next_wakeup());
-            wait(&self.ring, &handle.wake, wakeup);
+            self.wait(&handle.wake, wakeup);
         }
     }
 
@@ -269,6 +274,27 @@ impl Pulse {
         let _ = self.notices.send(notice);
     }
 
+    /// Waits for a heartbeat, a wake-up, or the time.
+    ///
+    /// At short intervals the heartbeats wait for the next tick, which is soon: decisions go by their
+    /// arrival times, and half of the wake-ups are saved.
+    fn wait(&self, wake: &EventFd, until: Nanos) {
+        let timeout = (until != Nanos::MAX).then(|| {
+            TimeSpec::from_duration(Duration::from_nanos(until.saturating_sub(sys::monotonic())))
+        });
+        let mut fds = [
+            PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.ring.as_fd(), PollFlags::POLLIN),
+        ];
+        let watched = if self.interval <= SHORT_INTERVAL {
+            1
+        } else {
+            2
+        };
+        // Interrupted or not, the loop looks at everything again.
+        let _ = ppoll(&mut fds[..watched], timeout, None);
+    }
+
     /// Shows the node's state to the other threads. Never waits: what does not get through now does
     /// so on the next round.
     fn publish(&self, runner: &mut Runner) {
@@ -301,17 +327,4 @@ struct Runner {
 /// Every send ends the connections of an epoch, so only a change is sent.
 fn set_services(services: &watch::Sender<State>, state: State) {
     services.send_if_modified(|current| std::mem::replace(current, state) != state);
-}
-
-/// Waits for a heartbeat, a wake-up, or the time.
-fn wait(ring: &RingBuf<MapData>, wake: &EventFd, until: Nanos) {
-    let timeout = (until != Nanos::MAX).then(|| {
-        TimeSpec::from_duration(Duration::from_nanos(until.saturating_sub(sys::monotonic())))
-    });
-    let mut fds = [
-        PollFd::new(ring.as_fd(), PollFlags::POLLIN),
-        PollFd::new(wake.as_fd(), PollFlags::POLLIN),
-    ];
-    // Interrupted or not, the loop looks at everything again.
-    let _ = ppoll(&mut fds, timeout, None);
 }

@@ -39,6 +39,9 @@ enum Task {
         /// Runs per figure
         #[arg(long, default_value_t = 20)]
         runs: u32,
+        /// Few runs: 3 per figure
+        #[arg(long, conflicts_with = "runs")]
+        quick: bool,
     },
 }
 
@@ -50,7 +53,7 @@ fn main() -> std::process::ExitCode {
         Task::Test { filter } => run::test(filter.as_deref()),
         Task::Lint => run::lint(),
         Task::Ci => run::ci(),
-        Task::Bench { runs } => run::bench(runs),
+        Task::Bench { runs, quick } => run::bench(if quick { 3 } else { runs }),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
