@@ -58,6 +58,11 @@ impl Track {
         let edge = ack.wrapping_add(u32::from(segment.window) << shift);
         self.ack = Some(self.ack.map_or(ack, |a| later(a, ack)));
         self.edge = Some(self.edge.map_or(edge, |e| later(e, edge)));
+        self.hear_clock(segment);
+    }
+
+    /// What the client heard it compares with (RFC 7323 section 5), whether or not the tap showed it.
+    pub(super) fn hear_clock(&mut self, segment: &Segment<'_>) {
         if let Some((tsval, _)) = segment.options.timestamp {
             self.tsval = Some(self.tsval.map_or(tsval, |t| later(t, tsval)));
         }
