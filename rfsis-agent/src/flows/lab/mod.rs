@@ -310,7 +310,7 @@ impl Lab {
                 if !self.taken_over
                     && let Some(track) = self.world.tracks.get_mut(&flow)
                 {
-                    track.hear_clock(&segment);
+                    track.hear(&segment);
                 }
                 if segment.rst
                     && let Some(conn) = self.conns.iter().rfind(|conn| conn.flow() == flow)

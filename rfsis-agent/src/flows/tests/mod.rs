@@ -431,6 +431,28 @@ fn a_half_closed_flow_goes_on_when_a_closed_window_opens() {
         lab.connect(plan, tweaks);
         lab.run_for(5 * SECOND);
         lab.fail_over(30 * MS);
+        lab.run_for(20 * SECOND - lab.now);
+        let all = lab.run_until(SECOND / 10, |lab| lab.conns[0].got == want);
+        assert!(all, "at once, not at the next window probe");
         lab.finish();
     }
+}
+
+#[test]
+fn a_half_closed_flow_never_waits_for_a_window_probe() {
+    let tweaks = Tweaks {
+        client_buffer: 8_000,
+        ..Tweaks::default()
+    };
+    let mut lab = lab();
+    // More than the shadow's send buffer holds when the client's FIN comes.
+    let conn = lab.connect(
+        Plan::echo(100_000).half_close().slow(8_000, 20 * MS),
+        tweaks,
+    );
+    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].ended
+        && lab.conns[conn].got >= 8_000));
+    lab.fail_over(30 * MS);
+    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].eof));
+    lab.finish();
 }
