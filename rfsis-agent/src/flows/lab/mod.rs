@@ -307,6 +307,11 @@ impl Lab {
                 if self.lose_at_client {
                     return;
                 }
+                if !self.taken_over
+                    && let Some(track) = self.world.tracks.get_mut(&flow)
+                {
+                    track.hear(&segment);
+                }
                 if segment.rst
                     && let Some(conn) = self.conns.iter().rfind(|conn| conn.flow() == flow)
                     && !conn.ended

@@ -36,17 +36,6 @@ impl Track {
     }
 
     pub(super) fn active(&mut self, segment: &Segment<'_>) {
-        if segment.syn {
-            self.answered = true;
-            self.sack = self.client_sack && segment.options.sack_permitted;
-            self.timestamps = self.client_timestamps && segment.options.timestamp.is_some();
-            self.scaled = self.client_scaled && segment.options.window_scale.is_some();
-            self.shift = segment
-                .options
-                .window_scale
-                .filter(|_| self.scaled)
-                .unwrap_or(0);
-        }
         let Some(ack) = segment.ack.filter(|_| !segment.rst) else {
             return;
         };
@@ -58,6 +47,23 @@ impl Track {
         let edge = ack.wrapping_add(u32::from(segment.window) << shift);
         self.ack = Some(self.ack.map_or(ack, |a| later(a, ack)));
         self.edge = Some(self.edge.map_or(edge, |e| later(e, edge)));
+        self.hear(segment);
+    }
+
+    /// What the client agreed on and what clock it compares with (RFC 7323 section 5), whether or not
+    /// the tap showed it.
+    pub(super) fn hear(&mut self, segment: &Segment<'_>) {
+        if segment.syn {
+            self.answered = true;
+            self.sack = self.client_sack && segment.options.sack_permitted;
+            self.timestamps = self.client_timestamps && segment.options.timestamp.is_some();
+            self.scaled = self.client_scaled && segment.options.window_scale.is_some();
+            self.shift = segment
+                .options
+                .window_scale
+                .filter(|_| self.scaled)
+                .unwrap_or(0);
+        }
         if let Some((tsval, _)) = segment.options.timestamp {
             self.tsval = Some(self.tsval.map_or(tsval, |t| later(t, tsval)));
         }

@@ -8,6 +8,8 @@ struct Hand {
     world: World,
     flow: FlowKey,
     now: Nanos,
+    /// What the client announces.
+    window: u16,
 }
 
 const CLIENT_ISN: u32 = 0xffff_ff00;
@@ -20,6 +22,7 @@ impl Hand {
             world: World::default(),
             flow: segment::flow_key(CLIENT, 50_000, service),
             now: SECOND,
+            window: 60_000,
         }
     }
 
@@ -46,7 +49,7 @@ impl Hand {
         let repr = TcpRepr {
             seq_number: seq(CLIENT_ISN.wrapping_add(at)),
             ack_number: ack.map(|ack| seq(ACTIVE_ISN.wrapping_add(ack))),
-            window_len: 60_000,
+            window_len: self.window,
             payload: data,
             ..bare_repr(self.flow.client_port, self.flow.service_port, control)
         };
@@ -362,4 +365,69 @@ fn a_flow_that_lost_a_frame_in_the_ring_lags_until_the_active_acknowledges_what_
     hand.client(1, TcpControl::Psh, b"abc", Some(1));
     hand.active(1, TcpControl::Psh, b"abc", Some(4));
     assert_eq!(hand.flows.census().lockstep, 1);
+}
+
+#[test]
+fn an_ack_starts_behind_what_the_active_sent() {
+    let mut hand = Hand::open(CHARGEN);
+    let mut pattern = [0; 30_000];
+    crate::handler::chargen_fill(0, &mut pattern);
+    hand.active(1, TcpControl::Psh, &pattern, Some(1));
+    hand.live();
+    let first_flight: usize = hand.said().iter().map(|said| said.2).sum();
+    assert!((1..30_000).contains(&first_flight));
+    hand.client(5, TcpControl::Psh, b"x", Some(1));
+    assert_eq!(hand.said(), [(30_001, "", 0, 1)]);
+}
+
+#[test]
+fn a_fin_is_repeated_whatever_duplicates_came() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Fin, b"", Some(1));
+    hand.live();
+    assert_eq!(hand.said(), [(1, "FIN", 0, 2)]);
+    for _ in 0..5 {
+        hand.client(2, TcpControl::None, b"", Some(1));
+    }
+    hand.said();
+    hand.flows.poll(hand.now + 2 * SECOND, &mut hand.world);
+    assert_eq!(hand.said(), [(1, "FIN", 0, 2)]);
+    hand.client(2, TcpControl::None, b"", Some(2));
+    assert!(hand.world.live.is_empty());
+}
+
+#[test]
+fn a_window_that_reaches_further_is_believed_from_an_older_number() {
+    let mut hand = Hand::open(ECHO);
+    hand.window = 0;
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.client(4, TcpControl::Psh, b"def", Some(1));
+    hand.live();
+    hand.said();
+    hand.window = 60_000;
+    hand.client(1, TcpControl::None, b"", Some(1));
+    assert!(hand.said().contains(&(1, "", 6, 7)));
+}
+
+#[test]
+fn a_fin_is_acknowledged_at_once() {
+    let mut hand = Hand::open(DAYTIME);
+    hand.active(1, TcpControl::Fin, b"now", Some(1));
+    hand.client(1, TcpControl::None, b"", Some(5));
+    hand.live();
+    hand.said();
+    hand.client(1, TcpControl::Fin, b"", Some(5));
+    assert_eq!(hand.said(), [(5, "", 0, 2)]);
+}
+
+#[test]
+fn an_ack_of_the_actives_behind_its_fin_is_no_divergence() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Fin, b"", Some(1));
+    hand.active(1, TcpControl::Fin, b"", Some(2));
+    hand.active(2, TcpControl::None, b"", Some(2));
+    let census = hand.flows.census();
+    assert_eq!((census.lockstep, census.diverged), (1, 0));
+    hand.active(2, TcpControl::Psh, b"more", Some(2));
+    assert_eq!(hand.flows.census().diverged, 1, "but bytes are");
 }

@@ -401,3 +401,58 @@ fn ports_may_be_used_again_on_the_standby_and_after_a_takeover() {
     }
     lab.finish();
 }
+
+#[test]
+fn an_inferred_flow_goes_on_with_the_clock_of_its_own_syn_ack() {
+    let mut lab = lab();
+    lab.connect(Plan::echo(1), Tweaks::default());
+    lab.run_for(20 * SECOND);
+    lab.lose_copy = Box::new(|s, d| d == Direction::FromVip && s.syn);
+    lab.lose = Box::new(|s, d| d == Direction::FromVip && !s.syn);
+    lab.connect(Plan::echo(100), Tweaks::default());
+    lab.run_for(5 * MS);
+    lab.lose = Box::new(|_, _| false);
+    assert_eq!(lab.fail_over(MS).live, 1);
+    lab.finish();
+}
+
+#[test]
+fn a_half_closed_flow_goes_on_when_a_closed_window_opens() {
+    for want in [8_001, 20_000, 60_000] {
+        let tweaks = Tweaks {
+            client_buffer: 8_000,
+            ..Tweaks::default()
+        };
+        let mut lab = lab();
+        let plan = Plan {
+            reads_from: 20 * SECOND,
+            ..Plan::echo(want).half_close()
+        };
+        lab.connect(plan, tweaks);
+        lab.run_for(5 * SECOND);
+        lab.fail_over(30 * MS);
+        lab.run_for(20 * SECOND - lab.now);
+        let all = lab.run_until(SECOND / 10, |lab| lab.conns[0].got == want);
+        assert!(all, "at once, not at the next window probe");
+        lab.finish();
+    }
+}
+
+#[test]
+fn a_half_closed_flow_never_waits_for_a_window_probe() {
+    let tweaks = Tweaks {
+        client_buffer: 8_000,
+        ..Tweaks::default()
+    };
+    let mut lab = lab();
+    // More than the shadow's send buffer holds when the client's FIN comes.
+    let conn = lab.connect(
+        Plan::echo(100_000).half_close().slow(8_000, 20 * MS),
+        tweaks,
+    );
+    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].ended
+        && lab.conns[conn].got >= 8_000));
+    lab.fail_over(30 * MS);
+    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].eof));
+    lab.finish();
+}
