@@ -393,7 +393,7 @@ fn a_fin_is_repeated_whatever_duplicates_came() {
     hand.flows.poll(hand.now + 2 * SECOND, &mut hand.world);
     assert_eq!(hand.said(), [(1, "FIN", 0, 2)]);
     hand.client(2, TcpControl::None, b"", Some(2));
-    assert!(hand.world.live.is_empty());
+    assert_eq!(hand.flows.census().live, 0, "closed by both sides");
 }
 
 #[test]
@@ -430,4 +430,64 @@ fn an_ack_of_the_actives_behind_its_fin_is_no_divergence() {
     assert_eq!((census.lockstep, census.diverged), (1, 0));
     hand.active(2, TcpControl::Psh, b"more", Some(2));
     assert_eq!(hand.flows.census().diverged, 1, "but bytes are");
+}
+
+#[test]
+fn the_tail_that_was_lost_at_the_takeover_is_repeated_before_a_second_has_passed() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    assert_eq!(hand.live().spoke, 1);
+    assert_eq!(hand.said(), [(1, "", 3, 4)], "the echo, lost on its way");
+    let start = hand.now;
+    let mut repeated = Vec::new();
+    while hand.now < start + SECOND {
+        hand.now = hand.flows.next_wakeup().max(hand.now + MS);
+        hand.flows.poll(hand.now, &mut hand.world);
+        for said in hand.said() {
+            assert_eq!(said, (1, "", 3, 4));
+            repeated.push((hand.now - start) / MS);
+        }
+    }
+    assert_eq!(&repeated[..5], [20, 60, 140, 300, 620]);
+    // What was heard is not repeated.
+    hand.client(4, TcpControl::None, b"", Some(4));
+    hand.now += 10 * SECOND;
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert_eq!(hand.said(), []);
+}
+
+#[test]
+fn a_hole_that_the_client_never_fills_ends_in_a_reset_and_one_that_it_fills_does_not() {
+    for fills in [true, false] {
+        let mut hand = Hand::open(DISCARD);
+        // The copy of bytes 1..101 was lost, and so was that of the active's ACK.
+        assert_eq!(hand.live().live, 1);
+        for second in 0..8 {
+            hand.now += SECOND;
+            hand.client(101 + second, TcpControl::Psh, b"x", Some(1));
+            if fills && second == 3 {
+                hand.client(1, TcpControl::Psh, &[0; 100], Some(1));
+            }
+        }
+        let said = hand.said();
+        let reset = said.iter().any(|(_, flag, ..)| *flag == "RST");
+        assert_eq!(reset, !fills, "{said:?}");
+        assert_eq!(hand.flows.gave_up(), u64::from(!fills));
+    }
+}
+
+#[test]
+fn the_last_segments_of_a_closed_flow_do_not_reach_the_kernel() {
+    let mut hand = Hand::open(ECHO);
+    assert_eq!(hand.live().live, 1);
+    hand.client(1, TcpControl::Fin, b"", Some(1));
+    assert_eq!(hand.said(), [(1, "FIN", 0, 2)]);
+    hand.client(2, TcpControl::None, b"", Some(2));
+    assert_eq!(hand.flows.census().live, 0, "closed by both sides");
+    assert!(hand.world.live.contains(&hand.flow));
+    hand.client(2, TcpControl::None, b"", Some(2));
+    assert_eq!(hand.said(), [], "nothing is owed to it");
+    hand.now += 4 * SECOND;
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
 }
