@@ -327,9 +327,16 @@ impl Root {
         if directory.exists() {
             fs::remove_dir_all(&directory)?;
         }
-        for path in ["bin", "usr/bin", "proc", "sys", "dev", "run", "tmp", "root"] {
+        for path in [
+            "bin", "etc", "usr/bin", "proc", "sys", "dev", "run", "tmp", "root",
+        ] {
             fs::create_dir_all(directory.join(path))?;
         }
+        // tcpdump looks up whom to run as.
+        fs::write(
+            directory.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\n",
+        )?;
         Ok(Self { directory })
     }
 
