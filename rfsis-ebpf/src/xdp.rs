@@ -178,11 +178,14 @@ fn copy_to_slot<const ROOM: usize>(frame: &XdpFrame<'_>, header: &FrameHeader) -
 unsafe fn copy(frame: &XdpFrame<'_>, offset: u32, to: *mut u8, len: u32, room: u32) -> bool {
     // Opaque to the optimiser, so that the bounds below are tested on the very register that the
     // helper gets: the verifier knows the range of a register, not of the value it was made from.
-    let len = core::hint::black_box(len);
-    if len == 0 || len > room {
+    // Before Linux 6.8 it learns nothing from a comparison with 0 that fails, either, and the helper
+    // refuses a length that may be 0: so the length less one is bounded, and one is added.
+    let last = core::hint::black_box(len.wrapping_sub(1));
+    if last >= room {
         return false;
     }
-    // SAFETY: `to` has `room` bytes, `len` is no more.
+    let len = last + 1;
+    // SAFETY: `to` has `room` bytes, `len` is no more, and not 0.
     unsafe { bpf_xdp_load_bytes(frame.0.ctx, offset, to.cast(), len) == 0 }
 }
 

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::lab::{Host, Lab, VIP};
 use crate::metrics::Metrics;
 use crate::netns::{Namespace, mortal};
-use crate::patience::wait_until;
+use crate::patience::{slowed, slowness, wait_until};
 
 /// Port of `/metrics` in every lab.
 pub const METRICS_PORT: u16 = 9500;
@@ -50,13 +50,14 @@ pub struct Settings {
 
 impl Default for Settings {
     /// 20 ms × 5: eager enough for a test, patient enough for a machine with other things to do.
+    /// Slower where the machine is ([`slowness`]).
     fn default() -> Self {
         Self {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
-            interval: "20ms".into(),
+            interval: format!("{}ms", 20 * slowness()),
             missed: 5,
-            startup_grace: "1s".into(),
+            startup_grace: format!("{}s", slowness()),
         }
     }
 }
@@ -331,7 +332,7 @@ impl Agent {
     pub fn http(&self, path: &str) -> Result<(u16, String)> {
         let address = (Ipv4Addr::LOCALHOST, METRICS_PORT);
         let mut stream = self.namespace.run(|| TcpStream::connect(address))?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(slowed(Duration::from_secs(5))))?;
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"

@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::lab::{Lab, VIP};
 use crate::netns::{Namespace, mortal};
-use crate::patience::{PATIENCE, wait_until};
+use crate::patience::{PATIENCE, slowed, wait_until};
 
 /// Somebody at a terminal with `nc`: types lines, reads lines.
 #[derive(Debug)]
@@ -93,7 +93,7 @@ impl Typist {
             panic!("typing {line:?}: {error:#}");
         }
         assert_eq!(
-            self.read_line(PATIENCE).as_deref(),
+            self.read_line(slowed(PATIENCE)).as_deref(),
             Some(line),
             "the echo of a typed line"
         );
@@ -111,13 +111,13 @@ impl Typist {
                 // What is typed into an nc that has ended may go unnoticed.
                 assert!(self.is_connected(), "nc -u has ended: it was refused");
                 self.type_line(line).ok();
-                self.read_line(Duration::from_millis(100))
+                self.read_line(slowed(Duration::from_millis(100)))
             },
             Option::is_some,
         );
         assert_eq!(found.as_deref(), Some(line));
         // Late echoes of the repetitions must not be taken for the next line's.
-        while self.read_line(Duration::from_millis(100)).is_some() {}
+        while self.read_line(slowed(Duration::from_millis(100))).is_some() {}
     }
 
     /// Whether `nc` is still there: it ends when its connection does.
@@ -156,7 +156,7 @@ impl Drop for Typist {
 pub fn connect(lab: &Lab, port: u16) -> Result<TcpStream> {
     let stream = lab
         .client()
-        .run(|| TcpStream::connect_timeout(&SocketAddr::from((VIP, port)), PATIENCE))
+        .run(|| TcpStream::connect_timeout(&SocketAddr::from((VIP, port)), slowed(PATIENCE)))
         .with_context(|| format!("connecting to {VIP}:{port}"))?;
     patient(stream)
 }
@@ -169,7 +169,7 @@ pub fn connect_narrow(lab: &Lab, port: u16, receive_buffer: usize) -> Result<Tcp
     let socket = lab.client().run(|| -> Result<Socket> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
         socket.set_recv_buffer_size(receive_buffer)?;
-        socket.connect_timeout(&SocketAddr::from((VIP, port)).into(), PATIENCE)?;
+        socket.connect_timeout(&SocketAddr::from((VIP, port)).into(), slowed(PATIENCE))?;
         Ok(socket)
     })?;
     patient(socket.into())
@@ -206,7 +206,7 @@ impl Connecting {
             std::os::fd::AsFd::as_fd(&socket),
             nix::poll::PollFlags::POLLOUT,
         )];
-        let limit = u16::try_from(PATIENCE.as_millis()).unwrap_or(u16::MAX);
+        let limit = u16::try_from(slowed(PATIENCE).as_millis()).unwrap_or(u16::MAX);
         ensure!(
             nix::poll::poll(&mut ready, limit)? == 1,
             "handshake timed out"
@@ -220,8 +220,8 @@ impl Connecting {
 }
 
 fn patient(stream: TcpStream) -> Result<TcpStream> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(slowed(PATIENCE)))?;
+    stream.set_write_timeout(Some(slowed(PATIENCE)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

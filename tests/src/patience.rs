@@ -1,11 +1,33 @@
 //! Waiting for something to become true, with a deadline and an account of what was seen last.
 
 use std::fmt::Debug;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-/// How long anything is waited for before a test fails. Far above what is ever needed: a loaded
-/// machine must not fail a test.
+/// How long anything is waited for before a test fails, on real hardware ([`slowed`]). Far above
+/// what is ever needed: a loaded machine must not fail a test.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How much slower than real hardware this machine is: `RFSIS_TEST_SLOW`, 1 where it is not set. An
+/// emulated machine is told so by who starts it.
+///
+/// # Panics
+/// When it is set to something other than a whole number.
+pub fn slowness() -> u32 {
+    static SLOWNESS: LazyLock<u32> = LazyLock::new(|| match std::env::var("RFSIS_TEST_SLOW") {
+        Ok(text) => match text.parse() {
+            Ok(factor @ 1..) => factor,
+            _ => panic!("RFSIS_TEST_SLOW is {text:?}; expected a whole number from 1 on"),
+        },
+        Err(_) => 1,
+    });
+    *SLOWNESS
+}
+
+/// A limit as long as it must be on this machine.
+pub fn slowed(limit: Duration) -> Duration {
+    limit * slowness()
+}
 
 /// How often a condition that cannot be awaited is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -23,7 +45,7 @@ pub fn wait_until<T: Debug>(
     wait_at_most(PATIENCE, what, probe, accept)
 }
 
-/// [`wait_until`] with another limit.
+/// [`wait_until`] with another limit, on real hardware ([`slowed`]).
 ///
 /// # Panics
 /// After `limit`, with the last value seen.
@@ -34,6 +56,7 @@ pub fn wait_at_most<T: Debug>(
     mut probe: impl FnMut() -> T,
     mut accept: impl FnMut(&T) -> bool,
 ) -> T {
+    let limit = slowed(limit);
     let deadline = Instant::now() + limit;
     loop {
         let value = probe();

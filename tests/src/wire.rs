@@ -94,6 +94,7 @@ impl Wire {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patience::{PATIENCE, slowed};
     use crate::{Host, Lab};
 
     #[test]
@@ -114,9 +115,7 @@ mod tests {
         from_b.send(&answer).unwrap();
         sender.send(&frame).unwrap();
         let heard = bystander
-            .hear(crate::patience::PATIENCE, |heard| {
-                (heard == frame).then_some(())
-            })
+            .hear(slowed(PATIENCE), |heard| (heard == frame).then_some(()))
             .unwrap();
         assert_eq!(heard, Some(()));
     }

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use tests::agent::port;
 use tests::forge::{Forgery, is_heartbeat_of, malformed};
-use tests::patience::PATIENCE;
+use tests::patience::{PATIENCE, slowed};
 use tests::wire::Wire;
 use tests::{Agent, Death, Host, Lab, Pair, Settings, Typist};
 
 /// The next genuine heartbeat of a host.
 fn heartbeat(wire: &Wire, of: Host) -> Vec<u8> {
-    wire.hear(PATIENCE, |frame| {
+    wire.hear(slowed(PATIENCE), |frame| {
         is_heartbeat_of(frame, of).then(|| frame.to_vec())
     })
     .unwrap()

@@ -12,7 +12,7 @@ use tests::{Host, Lab, Settings};
 /// Runs the agent on node a with the lab's config after `change`.
 fn refused(lab: &Lab, arguments: &[&str], change: impl Fn(String) -> String) -> (i32, String) {
     let config = lab.directory().join("refused.yaml");
-    std::fs::write(&config, change(Settings::default().yaml())).unwrap();
+    std::fs::write(&config, change(Settings::heartbeat("20ms", 5).yaml())).unwrap();
     outcome(&run_agent(lab.host(Host::A), &config, arguments))
 }
 
@@ -227,4 +227,16 @@ fn status_without_an_agent_says_so() {
     let (code, said) = refused(&Lab::new(), &["status"], |yaml| yaml);
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("/run/rfsis/agent.sock"), "{said}");
+}
+
+/// The other tests need a kernel on which this one cannot hold.
+#[test]
+#[ignore = "needs a kernel before 5.18: `cargo xtask test --kernel 5.10`"]
+fn a_kernel_that_is_too_old_is_named_with_the_one_it_takes() {
+    let running = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let (code, said) = refused(&Lab::new(), &[], |yaml| yaml);
+    assert_eq!(code, 3, "{said}");
+    assert!(said.contains(running.trim()), "{said}");
+    assert!(said.contains("expected Linux 5.18 or later"), "{said}");
+    println!("{said}");
 }

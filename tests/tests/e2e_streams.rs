@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tests::agent::port;
 use tests::client::{chargen_exactly, connect, connect_narrow, echo_exactly};
-use tests::patience::{PATIENCE, wait_at_most};
+use tests::patience::{PATIENCE, slowed, wait_at_most};
 use tests::wire::Wire;
 use tests::{Capture, Death, Host, Lab, LabOptions, Pair, Settings, VIP};
 
@@ -111,7 +111,7 @@ fn a_reader_with_a_closed_window_goes_on_after_the_takeover() {
     let pair = Pair::start(&lab, &Settings::default());
     let wire = Wire::open(lab.client()).unwrap();
     let stream = connect_narrow(&lab, port::CHARGEN, 64 << 10).unwrap();
-    let closed = wire.hear(PATIENCE, |frame| {
+    let closed = wire.hear(slowed(PATIENCE), |frame| {
         let frame = tests::capture::CapturedFrame {
             at: std::time::UNIX_EPOCH,
             bytes: frame.to_vec(),

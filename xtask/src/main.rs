@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything a developer or CI runs. On a fresh Debian each command sets up first.
 
 mod ebpf;
+mod kernel;
 mod run;
 mod setup;
 mod shell;
@@ -29,6 +30,10 @@ enum Task {
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+        /// On Debian's kernel of this series (5.10, 6.1, 6.12), in a virtual machine: the tests that
+        /// depend on the kernel most, or those that fit the filter
+        #[arg(long, value_name = "SERIES")]
+        kernel: Option<String>,
     },
     /// Check formatting and run clippy on everything, warnings being errors
     Lint,
@@ -50,7 +55,11 @@ fn main() -> std::process::ExitCode {
         Task::Setup => setup::setup().map(drop),
         Task::Build => run::build(),
         Task::Demo => run::demo(),
-        Task::Test { filter } => run::test(filter.as_deref()),
+        Task::Test {
+            filter,
+            kernel: Some(series),
+        } => kernel::test(&series, filter.as_deref()),
+        Task::Test { filter, .. } => run::test(filter.as_deref()),
         Task::Lint => run::lint(),
         Task::Ci => run::ci(),
         Task::Bench { runs, quick } => run::bench(if quick { 3 } else { runs }),

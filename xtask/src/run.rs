@@ -11,7 +11,7 @@ use crate::setup::{ebpf_clippy, setup};
 use crate::shell::{cargo, root_prefix, run, workspace};
 
 /// The agent that is tested, shown and measured.
-fn agent() -> PathBuf {
+pub fn agent() -> PathBuf {
     workspace().join("target/release/rfsis-agent")
 }
 

@@ -8,7 +8,7 @@ use crate::ebpf::{LINKED_TOOLCHAIN, Toolchain};
 use crate::shell::{ask, command, find, has, root_prefix, run_quietly};
 
 /// Programs that the tests and the demo run, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 9] = [
+pub const PROGRAMS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
@@ -32,7 +32,7 @@ const FETCH_LIMIT: &str = "180";
 /// # Errors
 /// Names what is missing and how to get it.
 pub fn setup() -> Result<Toolchain> {
-    test_programs()?;
+    install_missing(&PROGRAMS, "programs for tests and demo")?;
     let toolchain = ebpf_toolchain()?;
     step(&format!("eBPF object: built by {}", toolchain.describe()));
     Ok(toolchain)
@@ -59,15 +59,19 @@ fn step(what: &str) {
     println!("setup: {what}");
 }
 
-fn test_programs() -> Result<()> {
-    let mut missing: Vec<&str> = PROGRAMS
-        .into_iter()
+/// Installs the packages of those programs that are not there.
+///
+/// # Errors
+/// Names what is missing and how to get it.
+pub fn install_missing(programs: &[(&str, &str)], what: &str) -> Result<()> {
+    let mut missing: Vec<&str> = programs
+        .iter()
         .filter(|(program, _)| !has(program))
-        .map(|(_, package)| package)
+        .map(|&(_, package)| package)
         .collect();
     missing.dedup();
     if missing.is_empty() {
-        step("programs for tests and demo: found");
+        step(&format!("{what}: found"));
         return Ok(());
     }
     apt_install(&missing)

@@ -103,7 +103,8 @@ pub fn root_prefix(purpose: &str) -> Result<Vec<String>> {
     bail!("{purpose} needs root: run this as root, or install sudo")
 }
 
-fn describe(command: &Command) -> String {
+/// A command as one would type it.
+pub fn describe(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| word.to_string_lossy())

@@ -20,6 +20,12 @@ use crate::frames::{OWN, SERVICE, VIP};
 pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let result = thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root: `cargo xtask test`");
+        // Link-local addresses come and lose their `tentative` in the middle of a test.
+        for scope in ["all", "default"] {
+            let key = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
+            // Missing where the kernel has no IPv6 at all.
+            std::fs::write(key, "1").ok();
+        }
         test();
     })
     .join();
