@@ -79,7 +79,8 @@ fn history(seed: u64) -> (usize, usize) {
     let latest = [40, 400, 3000][rng.below(3) as usize];
     let crash_at = rng.below(latest);
     lab.run_until(30 * SECOND, |lab| lab.events >= crash_at);
-    let report = lab.fail_over(rng.below(100) * MS);
+    // What the active sent arrives before anybody takes over.
+    let report = lab.fail_over((10 + rng.below(90)) * MS);
     lab.settle();
     if lab.faults.tap_loss == 0 {
         for conn in lab.conns.iter().filter(|conn| conn.plan.service != DAYTIME) {
