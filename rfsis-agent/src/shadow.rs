@@ -140,8 +140,8 @@ pub struct Shadow {
     reorder: Reorder,
     /// smoltcp takes bytes up to this sequence number: what its last segment announced.
     window_end: u32,
-    client_window: u16,
-    client_window_seq: u32,
+    /// The client takes bytes up to this sequence number, in wire units.
+    client_edge: u32,
     client_tsval: u32,
 
     // What the shadow wrote. `una` is in wire units.
@@ -304,8 +304,10 @@ impl Shadow {
             fin_taken: false,
             reorder: Reorder::default(),
             window_end: first,
-            client_window: handshake.client_window,
-            client_window_seq: first,
+            client_edge: handshake
+                .active_isn
+                .wrapping_add(1)
+                .wrapping_add(u32::from(handshake.client_window)),
             client_tsval,
             una: handshake.active_isn.wrapping_add(1),
             written: 0,
@@ -486,7 +488,7 @@ impl Shadow {
             return;
         }
         self.take_timestamp(segment);
-        let before_ack = (self.una, self.client_window);
+        let before_ack = (self.una, self.client_edge);
         let Some(ack) = self.take_ack(segment, ack) else {
             return;
         };
@@ -517,7 +519,7 @@ impl Shadow {
             && segment.payload.is_empty()
             && !segment.fin
             && self.socket().send_queue() > 0;
-        if !delivered && (duplicate || before_ack != (ack, self.client_window)) {
+        if !delivered && (duplicate || before_ack != (ack, self.client_edge)) {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
@@ -591,20 +593,21 @@ impl Shadow {
         if !clamped.stale {
             self.disbelieved = 0;
             self.claimed = None;
-            // RFC 9293 section 3.10.7.4: an older segment's window is not believed, unless it
-            // reaches further: a window does not shrink (section 3.8.6), so it is not older.
-            if before(self.una, ack)
-                || !before(segment.seq, self.client_window_seq)
-                || segment.window > self.client_window
-            {
-                self.client_window = segment.window;
-                self.client_window_seq = later(self.client_window_seq, segment.seq);
-            }
+            // The furthest edge counts: a window does not shrink (RFC 9293 section 3.8.6), so one that
+            // ends earlier is older. If it was meant, the bytes beyond it are repeated until they are
+            // taken; a smoltcp that believes it while bytes are in flight would never repeat them.
+            let edge = ack.wrapping_add(u32::from(segment.window) << self.client_shift());
+            self.client_edge = later(self.client_edge, edge);
             if let Some(ahead) = clamped.ahead {
                 self.ahead = Some(self.ahead.map_or(ahead, |known| later(known, ahead)));
             }
         }
         Some(clamped.now)
+    }
+
+    /// Window shift of the client.
+    fn client_shift(&self) -> u8 {
+        self.handshake.shifts().map_or(0, |(client, _)| client)
     }
 
     /// Takes the data of a segment; returns whether its ACK was delivered with it.
@@ -691,7 +694,10 @@ impl Shadow {
         let repr = TcpRepr {
             seq_number: TcpSeqNumber(seq as i32),
             ack_number: Some(TcpSeqNumber(self.lockstep.to_shadow(ack) as i32)),
-            window_len: self.client_window,
+            window_len: window_field(
+                distance(ack, self.client_edge).max(0) as u32,
+                self.client_shift(),
+            ),
             timestamp: self
                 .clock
                 .map(|_| TcpTimestampRepr::new(self.client_tsval, 0)),
@@ -1127,12 +1133,12 @@ impl Shadow {
     /// The sequence number of an ACK: behind all that was sent, but inside the client's window, which a
     /// window probe is not (Linux `tcp_acceptable_seq`).
     fn acceptable_seq(&self) -> u32 {
-        let shift = self.handshake.shifts().map_or(0, |(client, _)| client);
-        let edge = self
-            .una
-            .wrapping_add(u32::from(self.client_window) << shift);
         let next = later(self.active_next, self.sent_next);
-        if before(edge, next) { edge } else { next }
+        if before(self.client_edge, next) {
+            self.client_edge
+        } else {
+            next
+        }
     }
 
     /// The window to announce, bytes: up to smoltcp's own edge, but never less than what the active

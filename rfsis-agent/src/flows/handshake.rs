@@ -129,7 +129,8 @@ impl Flows {
         }
         let first = opening.answer.is_none();
         opening.answer = Some((segment.seq, segment.options));
-        self.answers.insert(flow.service_port, segment.options);
+        let habit = self.habits.entry(flow.service_port).or_default();
+        habit.learn(&opening.client, &segment.options);
         if first {
             // At the bound of the map the flow stays an opening, and is refused when it completes.
             fx.protect(flow);
@@ -164,15 +165,13 @@ impl Flows {
                 Some(Flow::Shadow(shadow)) if !shadow.has_ended() => return,
                 // The active was heard already, so this is not the first ACK.
                 Some(Flow::Unprotected { .. }) => return,
-                _ => match self.answers.get(&flow.service_port) {
-                    // The copy of the SYN-ACK was lost. The service answers every client alike, but for
-                    // the timestamp, which the client echoes.
-                    Some(&options) => {
-                        let mut active = agreed(options, &opening.client);
-                        let echoed = segment.options.timestamp.map(|(_, echoed)| (echoed, 0));
-                        active.timestamp = active.timestamp.and(echoed);
-                        (ack.wrapping_sub(1), active)
-                    }
+                _ => match self
+                    .habits
+                    .get(&flow.service_port)
+                    .and_then(|habit| habit.infer(&opening.client, &segment.options))
+                {
+                    // The copy of the SYN-ACK was lost.
+                    Some(active) => (ack.wrapping_sub(1), active),
                     // The copy may also come late.
                     None if segment.payload.is_empty() && !segment.fin => {
                         self.openings
@@ -250,12 +249,39 @@ pub(super) fn near(first: u32, number: u32) -> bool {
     (0..FAR).contains(&distance(first, number))
 }
 
-/// What a service that answers with `options` agrees on with this client.
-fn agreed(mut options: Options, client: &Options) -> Options {
-    options.window_scale = options
-        .window_scale
-        .filter(|_| client.window_scale.is_some());
-    options.timestamp = options.timestamp.filter(|_| client.timestamp.is_some());
-    options.sack_permitted &= client.sack_permitted;
-    options
+/// How a service's kernel socket answers SYNs: the same to all, as far as each client asks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Habit {
+    mss: Option<u16>,
+    window_scale: Option<Option<u8>>,
+    sack_permitted: Option<bool>,
+}
+
+impl Habit {
+    /// Learns from one answer what its client had asked for.
+    fn learn(&mut self, client: &Options, answer: &Options) {
+        self.mss = answer.mss;
+        if client.window_scale.is_some() {
+            self.window_scale = Some(answer.window_scale);
+        }
+        if client.sack_permitted {
+            self.sack_permitted = Some(answer.sack_permitted);
+        }
+    }
+
+    /// The answer to this client, of which only its `acknowledgement` was seen; `None` if nobody
+    /// asked for the same before. Timestamps, once agreed on, are in every segment (RFC 7323
+    /// section 3.2), and the first echoes the one of the SYN-ACK.
+    fn infer(&self, client: &Options, acknowledgement: &Options) -> Option<Options> {
+        let asked = client.timestamp.and(acknowledgement.timestamp);
+        Some(Options {
+            mss: self.mss,
+            window_scale: match client.window_scale {
+                Some(_) => self.window_scale?,
+                None => None,
+            },
+            sack_permitted: client.sack_permitted && self.sack_permitted?,
+            timestamp: asked.map(|(_, echoed)| (echoed, 0)),
+        })
+    }
 }

@@ -26,11 +26,11 @@ use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
-use self::handshake::{Opening, near};
+use self::handshake::{Habit, Opening, near};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
-use crate::segment::{self, Options, Segment};
+use crate::segment::{self, Segment};
 use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
 use crate::wire::Wire;
 
@@ -145,8 +145,8 @@ pub struct Flows {
     flows: HashMap<FlowKey, Flow>,
     openings: HashMap<FlowKey, Opening>,
     opening_order: VecDeque<(FlowKey, u32)>,
-    /// The options that a service's kernel socket announced last, for when a SYN-ACK's copy is lost.
-    answers: HashMap<u16, Options>,
+    /// How the services' kernel sockets answer, for when a SYN-ACK's copy is lost.
+    habits: HashMap<u16, Habit>,
     timers: BTreeSet<(Nanos, FlowKey)>,
     timer_of: HashMap<FlowKey, Nanos>,
     bytes: usize,
@@ -178,7 +178,7 @@ impl Flows {
             flows: HashMap::new(),
             openings: HashMap::new(),
             opening_order: VecDeque::new(),
-            answers: HashMap::new(),
+            habits: HashMap::new(),
             timers: BTreeSet::new(),
             timer_of: HashMap::new(),
             bytes: 0,

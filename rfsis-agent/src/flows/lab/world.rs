@@ -131,9 +131,11 @@ impl Track {
             for (left, right) in blocks.into_iter().flatten() {
                 let l = u64::from(left.wrapping_sub(first));
                 let r = u64::from(right.wrapping_sub(first));
+                let acknowledged = u64::from(ack.wrapping_sub(first));
+                let behind = || self.behind.iter().any(|(start, _)| *start <= l);
                 assert!(
-                    self.behind.iter().any(|(s, _)| *s <= l) && l > self.shown && r > l,
-                    "SACK of {l}..{r}, {} shown",
+                    acknowledged < l && l < r && (r <= self.shown || behind()),
+                    "SACK of {l}..{r}, {acknowledged} acknowledged, {} shown",
                     self.shown
                 );
             }

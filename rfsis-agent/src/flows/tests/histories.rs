@@ -19,14 +19,18 @@ fn history(seed: u64) -> (usize, usize) {
     let _named = Named(seed);
     let mut rng = Rng(seed);
     let mut lab = Lab::new(seed);
-    // Each service has answered somebody before.
+    // Each service has answered somebody before, and has the same buffers for all.
+    let service = Tweaks {
+        active_buffer: 4096 << rng.below(8),
+        ..Tweaks::default()
+    };
     for plan in [
         Plan::echo(1),
         Plan::chargen(1),
         Plan::discard(1),
         Plan::daytime(0),
     ] {
-        lab.connect(plan, Tweaks::default());
+        lab.connect(plan, service);
     }
     lab.run_for(20 * SECOND);
     lab.events = 0;
@@ -68,14 +72,15 @@ fn history(seed: u64) -> (usize, usize) {
             window_scale: rng.below(2) == 0,
             sack: rng.below(2) == 0,
             client_buffer: 2048 << rng.below(9),
-            active_buffer: 4096 << rng.below(8),
+            ..service
         };
         lab.connect(plan, tweaks);
     }
     let latest = [40, 400, 3000][rng.below(3) as usize];
     let crash_at = rng.below(latest);
     lab.run_until(30 * SECOND, |lab| lab.events >= crash_at);
-    let report = lab.fail_over(rng.below(100) * MS);
+    // What the active sent arrives before anybody takes over.
+    let report = lab.fail_over((10 + rng.below(90)) * MS);
     lab.settle();
     if lab.faults.tap_loss == 0 {
         for conn in lab.conns.iter().filter(|conn| conn.plan.service != DAYTIME) {

@@ -456,3 +456,23 @@ fn a_half_closed_flow_never_waits_for_a_window_probe() {
     assert!(lab.run_until(SECOND, |lab| lab.conns[conn].eof));
     lab.finish();
 }
+
+#[test]
+fn what_one_client_did_not_ask_for_is_not_inferred_for_the_next() {
+    let plain = Tweaks {
+        timestamps: false,
+        window_scale: false,
+        sack: false,
+        ..Tweaks::default()
+    };
+    let mut lab = lab();
+    for tweaks in [Tweaks::default(), plain] {
+        lab.connect(Plan::echo(1), tweaks);
+        lab.run_for(20 * SECOND);
+    }
+    lab.lose_copy = Box::new(|s, d| d == Direction::FromVip && s.syn);
+    let conn = lab.connect(Plan::echo(300_000), Tweaks::default());
+    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got > 100_000));
+    assert_eq!(lab.fail_over(MS).live, 1);
+    lab.finish();
+}
