@@ -98,7 +98,7 @@ pub fn test(series: &str, filter: Option<&str>) -> Result<()> {
 fn standard_plan(too_old: bool) -> Plan {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect();
     if too_old {
-        let test = "--ignored --exact a_kernel_that_is_too_old_is_named_with_the_one_it_takes";
+        let test = "--show-output --ignored --exact a_kernel_that_is_too_old_is_named_with_the_one_it_takes";
         return vec![("e2e_refusals", words(test))];
     }
     vec![
@@ -156,37 +156,24 @@ impl Kernel {
             let known = RELEASES.map(|(known, _)| known).join(", ");
             bail!("kernel {series} is not known; expected one of {known}");
         };
-        let directory = workspace().join("target/kernels").join(series);
+        let kernels = workspace().join("target/kernels");
+        let directory = kernels.join(series);
         let image = directory.join("boot");
         if let Some(release) = release_in(&image) {
             return Ok(Self { release, directory });
         }
-        fs::create_dir_all(&directory)?;
-        let apt = Apt::new(&directory.join("apt"), suite)?;
+        // Under another name until it is whole: a download that was interrupted is begun anew.
+        let part = kernels.join(format!("{series}.part"));
+        if part.exists() {
+            fs::remove_dir_all(&part)?;
+        }
+        let apt = Apt::new(&part.join("apt"), suite)?;
         let package = apt.newest(&format!("linux-image-{series}."), "-cloud-amd64")?;
         println!("kernel: {package}");
         run_quietly(apt.command("apt-get").args(["download", &package]))?;
-        let archive = apt.downloaded()?;
-        run_quietly(command("dpkg").arg("-x").arg(&archive).arg(&directory))?;
-        let release =
-            release_in(&image).with_context(|| format!("{package} holds no boot/vmlinuz-*"))?;
-        let modules = directory.join("lib/modules").join(&release);
-        // busybox reads plain modules only; dependencies come with a package's installation.
-        run_quietly(command("find").arg(&modules).args([
-            "-name",
-            "*.ko.xz",
-            "-exec",
-            "xz",
-            "--decompress",
-            "{}",
-            "+",
-        ]))?;
-        run_quietly(
-            command("busybox")
-                .args(["depmod", "-b"])
-                .arg(&directory)
-                .arg(&release),
-        )?;
+        unpack(&apt.downloaded()?, &part)?;
+        fs::rename(&part, &directory)?;
+        let release = release_in(&image).context("no kernel in its directory")?;
         Ok(Self { release, directory })
     }
 
@@ -228,6 +215,25 @@ impl Kernel {
             ),
         }
     }
+}
+
+/// Unpacks a kernel's package and prepares it as its installation would.
+fn unpack(archive: &Path, into: &Path) -> Result<()> {
+    run_quietly(command("dpkg").arg("-x").arg(archive).arg(into))?;
+    if !into.join("lib").exists() {
+        // Debian 13 and later have it in /usr only.
+        std::os::unix::fs::symlink("usr/lib", into.join("lib"))?;
+    }
+    // busybox reads plain modules only.
+    let plain = ["-name", "*.ko.xz", "-exec", "xz", "--decompress", "{}", "+"];
+    run_quietly(command("find").arg(into.join("lib/modules/")).args(plain))?;
+    let release = release_in(&into.join("boot")).context("no boot/vmlinuz-* in the package")?;
+    run_quietly(
+        command("busybox")
+            .args(["depmod", "-b"])
+            .arg(into)
+            .arg(release),
+    )
 }
 
 /// `uname -r` of the kernel in a `/boot`.
