@@ -252,6 +252,15 @@ fn numbers(version: &str) -> Vec<u64> {
         .collect()
 }
 
+/// The name with the greatest version between `prefix` and `suffix`.
+fn newest(names: &str, prefix: &str, suffix: &str) -> Option<String> {
+    names
+        .lines()
+        .filter_map(|name| Some((name, name.strip_prefix(prefix)?.strip_suffix(suffix)?)))
+        .max_by_key(|(_, version)| numbers(version))
+        .map(|(name, _)| name.to_owned())
+}
+
 /// apt with lists and sources of its own: the host's stay as they are, and any release is in reach.
 struct Apt {
     directory: PathBuf,
@@ -303,14 +312,7 @@ impl Apt {
     fn newest(&self, prefix: &str, suffix: &str) -> Result<String> {
         let names = ask(self.command("apt-cache").args(["pkgnames", prefix]));
         let names = names.context("apt-cache pkgnames")?;
-        let newest = names
-            .lines()
-            // Not `-rt-cloud`, `-unsigned` or `-dbg`.
-            .filter_map(|name| Some((name, name.strip_prefix(prefix)?.strip_suffix(suffix)?)))
-            .filter(|(_, version)| version.starts_with(|c: char| c.is_ascii_digit()))
-            .max_by_key(|(_, version)| numbers(version));
-        newest
-            .map(|(name, _)| name.to_owned())
+        newest(&names, prefix, suffix)
             .with_context(|| format!("apt knows no package {prefix}*{suffix}"))
     }
 
@@ -456,5 +458,37 @@ impl Root {
 
     fn place(&self, path: &str) -> PathBuf {
         self.directory.join(path.trim_start_matches('/'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_kernel_goes_by_numbers_and_is_no_other_flavour() {
+        let names = "linux-image-6.1.0-9-cloud-amd64\n\
+                     linux-image-6.1.0-56-cloud-amd64\n\
+                     linux-image-6.1.0-57-amd64\n\
+                     linux-image-6.1.0-58-cloud-amd64-dbg\n\
+                     linux-image-6.1.0-59-cloud-amd64-unsigned\n\
+                     linux-image-6.12.1-cloud-amd64\n";
+        let newest =
+            |series: &str| newest(names, &format!("linux-image-{series}."), "-cloud-amd64");
+        assert_eq!(
+            newest("6.1").as_deref(),
+            Some("linux-image-6.1.0-56-cloud-amd64")
+        );
+        assert_eq!(newest("5.10"), None);
+    }
+
+    #[test]
+    fn a_kernel_before_the_oldest_is_too_old() {
+        let too_old = |release: &str| {
+            let (release, directory) = (release.to_owned(), PathBuf::new());
+            Kernel { release, directory }.is_too_old()
+        };
+        assert!(too_old("5.10.0-46-cloud-amd64") && too_old("5.17.0-1-cloud-amd64"));
+        assert!(!too_old("5.18.0-1-cloud-amd64") && !too_old("6.1.0-56-cloud-amd64"));
     }
 }
