@@ -1,7 +1,7 @@
 //! Ingress: who sees a frame.
 //!
-//! Bytes are read by `bpf_xdp_load_bytes`, never by packet pointers: the headers of a multi-buffer
-//! frame need not lie in its first buffer.
+//! Bytes are read by `bpf_xdp_load_bytes` (Linux 5.18), never by packet pointers: the headers of a
+//! multi-buffer frame need not lie in its first buffer.
 
 use aya_ebpf::{
     bindings::xdp_action,
@@ -47,7 +47,8 @@ impl Frame for XdpFrame<'_> {
     }
 }
 
-/// `frags`: multi-buffer frames are welcome (jumbo MTU on veth, receive aggregation on NICs).
+/// `frags` (Linux 5.18): multi-buffer frames are welcome (jumbo MTU on veth, receive aggregation on
+/// NICs).
 #[xdp(frags)]
 pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
     let frame = XdpFrame(&ctx);

@@ -9,7 +9,10 @@ use aya::programs::tc::TcError;
 use aya::programs::xdp::XdpError;
 use aya::util::KernelVersion;
 
-/// First kernel with `bpf_xdp_load_bytes` and multi-buffer XDP programs.
+/// First kernel with all that is used. From 5.18: `bpf_xdp_load_bytes`, `bpf_xdp_get_buff_len` and
+/// multi-buffer XDP programs (`include/uapi/linux/bpf.h`), `IFA_PROTO`, by which the VIP is marked as
+/// ours (`include/uapi/linux/if_addr.h`). From 5.9: XDP links. From 5.8: ring buffers, CAP_BPF.
+/// `cargo xtask test --kernel` runs the tests on Debian's kernels on both sides of it.
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 18, 0);
 
 /// Why a program could not be loaded, attached, asked or removed.
@@ -31,7 +34,8 @@ pub enum BpfError {
     },
     /// The kernel lacks what the programs use.
     #[error(
-        "{operation}: kernel {found} lacks what it takes ({detail}); expected Linux 5.18 or later"
+        "{operation}: kernel {found} lacks what it takes ({detail}); expected Linux 5.18 or later, \
+         the first with multi-buffer XDP and bpf_xdp_load_bytes: boot a newer kernel"
     )]
     Kernel {
         /// What was tried.
@@ -129,7 +133,8 @@ impl BpfError {
                 io_error,
                 verifier_log,
             } if io_error.raw_os_error() != Some(libc::EPERM) => {
-                let log = format!("{io_error}\n{verifier_log}");
+                // There is no log where the kernel did not get as far as the verifier.
+                let log = format!("{io_error}\n{verifier_log}").trim_end().to_owned();
                 if kernel_is_old() {
                     Self::Kernel {
                         operation: format!("loading program {program}"),
