@@ -453,3 +453,14 @@ fn an_ack_of_the_actives_behind_its_fin_is_no_divergence() {
     hand.active(2, TcpControl::Psh, b"more", Some(2));
     assert_eq!(hand.flows.census().diverged, 1, "but bytes are");
 }
+
+#[test]
+fn an_unprotected_client_is_reset_at_the_furthest_number_that_it_acknowledged() {
+    let mut hand = Hand::with(config(), ECHO);
+    hand.active(50, TcpControl::Psh, b"older than this standby", Some(1));
+    hand.client(1, TcpControl::None, b"", Some(100));
+    hand.client(1, TcpControl::None, b"", Some(50));
+    assert_eq!(hand.live().resets, [(ResetReason::Unprotected, 1)]);
+    let said = hand.said();
+    assert_eq!((said.len(), said[0].0, said[0].1), (1, 100, "RST"));
+}
