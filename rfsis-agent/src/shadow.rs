@@ -1048,7 +1048,7 @@ impl Shadow {
 
     /// When the oldest unacknowledged segment is to be repeated; a closed window has its own probes.
     fn probe_at(&self) -> Option<Nanos> {
-        let waiting = self.client_window > 0
+        let waiting = before(self.una, self.client_edge)
             && self.socket().send_queue() > 0
             && self.state() != State::SynReceived;
         self.tail.due_at().filter(|_| waiting)
@@ -1057,12 +1057,18 @@ impl Shadow {
     /// Three duplicate acknowledgements make smoltcp repeat its oldest segment (RFC 5681 section 3.2).
     /// A changed window makes it forget those that it has counted before.
     fn force_retransmit(&mut self, cx: &mut Context<'_>) {
-        let window = self.client_window;
-        self.client_window = if window > 1 { window ^ 1 } else { 2 };
+        let edge = self.client_edge;
+        let unit = 1 << self.client_shift();
+        let widest = u32::from(u16::MAX) << self.client_shift();
+        self.client_edge = if distance(self.una, edge) >= widest as i32 {
+            edge.wrapping_sub(unit)
+        } else {
+            edge.wrapping_add(unit)
+        };
         for _ in 0..4 {
             self.feed_at(self.expected(), TcpControl::None, self.una, &[], cx);
         }
-        self.client_window = window;
+        self.client_edge = edge;
         self.feed_at(self.expected(), TcpControl::None, self.una, &[], cx);
     }
 

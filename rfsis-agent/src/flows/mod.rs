@@ -29,6 +29,7 @@ use smoltcp::socket::tcp::State;
 use self::handshake::{Habit, Opening, near};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
+use crate::lockstep::later;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
 use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
@@ -263,7 +264,11 @@ impl Flows {
                 client_ack,
                 last_activity,
             }) => {
-                *client_ack = segment.ack.or(*client_ack);
+                // An older ACK that comes late would make for an RST that the client ignores.
+                *client_ack = match (*client_ack, segment.ack) {
+                    (Some(known), Some(ack)) => Some(later(known, ack)),
+                    (known, ack) => known.or(ack),
+                };
                 *last_activity = now;
                 if segment.rst {
                     self.flows.remove(&flow);

@@ -262,7 +262,10 @@ impl Lab {
     /// A packet of a stack or a shadow enters the wire.
     fn post(&mut self, packet: Vec<u8>, direction: Direction2) {
         let (_, segment) = parse(&packet, direction.into()).expect("a sound packet");
-        if (self.lose)(&segment, direction.into()) || self.rng.happens(self.faults.loss) {
+        // An RST is sent once: a client that waits to be spoken to would not hear of a lost one.
+        let lossy = !segment.rst;
+        if (self.lose)(&segment, direction.into()) || (lossy && self.rng.happens(self.faults.loss))
+        {
             return;
         }
         let copies = 1 + u64::from(self.rng.happens(self.faults.duplicates));

@@ -513,3 +513,14 @@ fn the_last_segments_of_a_closed_flow_do_not_reach_the_kernel() {
     hand.flows.poll(hand.now, &mut hand.world);
     assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
 }
+
+#[test]
+fn an_unprotected_client_is_reset_at_the_furthest_number_that_it_acknowledged() {
+    let mut hand = Hand::with(config(), ECHO);
+    hand.active(50, TcpControl::Psh, b"older than this standby", Some(1));
+    hand.client(1, TcpControl::None, b"", Some(100));
+    hand.client(1, TcpControl::None, b"", Some(50));
+    assert_eq!(hand.live().resets, [(ResetReason::Unprotected, 1)]);
+    let said = hand.said();
+    assert_eq!((said.len(), said[0].0, said[0].1), (1, 100, "RST"));
+}
