@@ -47,6 +47,10 @@ const OPENING_TIMEOUT: Nanos = 130 * SECOND;
 /// kernel, which knows nothing of the flow, each would be answered by a reset.
 const LINGER: Nanos = 2 * SECOND;
 
+/// A reset is sent at takeover and again after these times, ns: no client answers it, so nobody knows
+/// whether it was lost, and a client that only waits would wait for good.
+const RESET_AGAIN: [Nanos; 2] = [200_000_000, SECOND];
+
 /// Next hops of clients are refreshed so often.
 const WARM: Nanos = 20 * SECOND;
 
@@ -155,6 +159,8 @@ pub struct Flows {
     refused: u64,
     next_sweep: Nanos,
     next_warm: Nanos,
+    /// Resets to be repeated, earliest first.
+    resets: VecDeque<(Nanos, Vec<u8>)>,
     /// Live flows that turned out to lack bytes, and were reset.
     gave_up: u64,
     /// The latest time that was passed in: arrivals of several CPUs are not quite in order.
@@ -187,6 +193,7 @@ impl Flows {
             refused: 0,
             next_sweep: 0,
             next_warm: 0,
+            resets: VecDeque::new(),
             gave_up: 0,
             clock: 0,
             config,
@@ -485,14 +492,20 @@ impl Flows {
         for (_, flow) in speakers {
             self.with_shadow(flow, now, fx, Shadow::resume);
         }
+        let mut told = Vec::new();
         for (flow, reason, packet) in doomed {
             *resets.entry(reason).or_default() += 1;
             // The kernel answers whatever the client sends next: let that pass as well.
             fx.approve(flow);
             if let Some(packet) = packet {
                 fx.send(&packet);
+                told.push(packet);
             }
             self.remove(flow, fx);
+        }
+        for pause in RESET_AGAIN {
+            let again = told.iter().map(|packet| (now + pause, packet.clone()));
+            self.resets.extend(again);
         }
         report.resets = resets.into_iter().collect();
         report
@@ -504,6 +517,7 @@ impl Flows {
         self.timers.clear();
         self.timer_of.clear();
         self.opening_order.clear();
+        self.resets.clear();
         self.bytes = 0;
         let openings = std::mem::take(&mut self.openings);
         let flows = std::mem::take(&mut self.flows);
@@ -534,7 +548,8 @@ impl Flows {
     /// When [`Flows::poll`] is due, ns.
     pub fn next_wakeup(&self) -> Nanos {
         let timer = self.timers.first().map_or(Nanos::MAX, |(at, _)| *at);
-        timer.min(self.next_sweep)
+        let reset = self.resets.front().map_or(Nanos::MAX, |(at, _)| *at);
+        timer.min(reset).min(self.next_sweep)
     }
 
     /// Time has passed: timers of live flows, and once a second what has ended is reaped.
@@ -551,6 +566,9 @@ impl Flows {
         }
         for flow in due {
             self.with_shadow(flow, now, fx, |_, _| {});
+        }
+        while let Some((_, packet)) = self.resets.pop_front_if(|(at, _)| *at <= now) {
+            fx.send(&packet);
         }
         if now >= self.next_sweep {
             self.next_sweep = now + SECOND;

@@ -523,4 +523,14 @@ fn an_unprotected_client_is_reset_at_the_furthest_number_that_it_acknowledged() 
     assert_eq!(hand.live().resets, [(ResetReason::Unprotected, 1)]);
     let said = hand.said();
     assert_eq!((said.len(), said[0].0, said[0].1), (1, 100, "RST"));
+    // It is repeated, for it may have been lost.
+    for pause in [200 * MS, 800 * MS] {
+        hand.now += pause;
+        hand.flows.poll(hand.now - MS, &mut hand.world);
+        assert_eq!(hand.said(), []);
+        hand.flows.poll(hand.now, &mut hand.world);
+        assert_eq!(hand.said(), said);
+    }
+    hand.flows.poll(hand.now + 10 * SECOND, &mut hand.world);
+    assert_eq!(hand.said(), []);
 }
