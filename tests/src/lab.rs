@@ -222,6 +222,19 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    /// A failing test should tell a frame that the cable lost from one that the agent lost.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for host in Host::ALL {
+                let file = format!("/sys/class/net/{}/statistics/tx_dropped", host.port());
+                let lost = self.bridge.sh(&format!("cat {file}"));
+                eprintln!("frames lost on the cable to {host:?}: {lost:?}");
+            }
+        }
+    }
+}
+
 impl Default for Lab {
     fn default() -> Self {
         Self::new()

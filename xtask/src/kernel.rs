@@ -2,7 +2,7 @@
 //!
 //! The machine is qemu with the package's kernel and a root of its own in memory: busybox, the
 //! host's programs with their libraries, the agent and the test binaries. It sees no disk and no
-//! network of the host's, and nothing is installed but qemu itself. `/init` runs the tests, whose
+//! network of the host's, and no kernel is installed on it. `/init` runs the tests, whose
 //! output comes over one serial line, and the result over another, where no message of the kernel
 //! can garble it.
 

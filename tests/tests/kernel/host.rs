@@ -13,6 +13,7 @@ use nix::sys::socket::{
 use nix::time::{ClockId, clock_gettime};
 use rfsis_agent::bpf::{LoadParams, Programs};
 use rfsis_common::maps::{NodeState, State};
+use tests::patience::wait_until;
 
 use crate::frames::{OWN, SERVICE, VIP};
 
@@ -53,6 +54,11 @@ pub fn veth(mtu: u32) {
     run(&format!("ip addr add {OWN}/24 dev eth0"));
     run("ip link set eth0 up");
     run("ip link set peer0 up");
+    for name in ["eth0", "peer0"] {
+        // The kernel's link watch makes it so, a moment later.
+        let show = || run(&format!("ip link show dev {name}"));
+        wait_until("carrier", show, |link| link.contains("state UP"));
+    }
 }
 
 /// What a clean stop must leave as it was; counters and lifetimes left out.
