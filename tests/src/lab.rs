@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
+use aya::util::KernelVersion;
 
 use crate::netns::Namespace;
 
@@ -151,8 +152,14 @@ impl Lab {
             .sh(&format!("ethtool -K {port} {inside_frame}"))?;
         // A veth without a qdisc drops what its 256 slots do not hold; with one it holds the sender
         // back (from Linux 6.16 on, drivers/net/veth.c), as a switch with buffers would not lose.
+        // Older ones drop all the same, so there the cable is slower than those who read from it.
+        let qdisc = if KernelVersion::current()? < KernelVersion::new(6, 16, 0) {
+            "tbf rate 400mbit burst 64kb limit 64mb"
+        } else {
+            "pfifo limit 100000"
+        };
         self.bridge
-            .sh(&format!("tc qdisc add dev {port} root pfifo limit 100000"))?;
+            .sh(&format!("tc qdisc add dev {port} root {qdisc}"))?;
         self.bridge.sh(&format!("ip link set {port} up"))?;
         inside.sh("ip link set lo up")?;
         let mac = host.mac_text();

@@ -37,7 +37,7 @@ enum Task {
     },
     /// Check formatting and run clippy on everything, warnings being errors
     Lint,
-    /// What CI runs: plain build, lint, test, test on Debian 12's kernel
+    /// What CI runs: plain build, lint, test
     Ci,
     /// Measure and print tables
     Bench {

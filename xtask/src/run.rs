@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use crate::ebpf::object;
-use crate::kernel;
 use crate::setup::{ebpf_clippy, setup};
 use crate::shell::{cargo, root_prefix, run, workspace};
 
@@ -67,9 +66,7 @@ pub fn lint() -> Result<()> {
 pub fn ci() -> Result<()> {
     plain_build()?;
     lint()?;
-    test(None)?;
-    // The oldest kernel that a Debian in use comes with, and so the strictest verifier.
-    kernel::test("6.1", None)
+    test(None)
 }
 
 /// That a reader without eBPF toolchain and privileges gets a build.
