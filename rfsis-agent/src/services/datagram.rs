@@ -50,8 +50,8 @@ impl Answerer {
             consume_budget().await;
             match socket.recv_from(&mut buffer).await {
                 Ok((len, source)) => {
-                    self.counters
-                        .inc(self.answer(&socket, &buffer[..len], source));
+                    let result = self.answer(&socket, &buffer[..len], source).await;
+                    self.counters.inc(result);
                 }
                 // The ICMP error of an answer that nobody wanted: it is read once and gone.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
@@ -63,7 +63,12 @@ impl Answerer {
         }
     }
 
-    fn answer(&self, socket: &UdpSocket, datagram: &[u8], source: SocketAddr) -> DatagramResult {
+    async fn answer(
+        &self,
+        socket: &UdpSocket,
+        datagram: &[u8],
+        source: SocketAddr,
+    ) -> DatagramResult {
         if self.loops.contains(source) {
             return DatagramResult::Loop;
         }
@@ -73,8 +78,9 @@ impl Answerer {
         let Some(answer) = self.handler.datagram(datagram) else {
             return DatagramResult::Ignored;
         };
-        // Without waiting: a full send queue is loss, which UDP's users expect.
-        match socket.try_send_to(&answer, source) {
+        // Waits while the send queue is full: what comes meanwhile waits in the receive queue, or is
+        // lost there, which UDP's users expect.
+        match socket.send_to(&answer, source).await {
             Ok(_) => DatagramResult::Answered,
             Err(error) => {
                 tracing::debug!(%error, "cannot send an answer");

@@ -419,9 +419,14 @@ async fn sockets_hold_no_more_than_a_shadow_can_take() {
 
 /// A client on another address than the VIP, which would count as a loop.
 async fn udp_client(address: &str, to: SocketAddr) -> UdpSocket {
-    let client = UdpSocket::bind(address).await.unwrap();
-    client.connect(to).await.unwrap();
-    client
+    loop {
+        let client = UdpSocket::bind(address).await.unwrap();
+        // On another address the system may give the service's own port, which counts as a loop too.
+        if client.local_addr().unwrap().port() != to.port() {
+            client.connect(to).await.unwrap();
+            return client;
+        }
+    }
 }
 
 async fn udp_answer(client: &UdpSocket) -> Vec<u8> {
