@@ -413,9 +413,14 @@ impl Pair {
     }
 
     fn settled(primary: Agent, backup: Agent) -> Self {
-        for (agent, state) in [(&primary, "active"), (&backup, "standby")] {
-            agent.wait_status(&format!("{state} and ready"), |status| {
-                status["state"] == state && status["ready"] == true
+        for (agent, state, peer) in [
+            (&primary, "active", "standby"),
+            (&backup, "standby", "active"),
+        ] {
+            agent.wait_status(&format!("{state}, beside a {peer} peer"), |status| {
+                status["state"] == state
+                    && status["ready"] == true
+                    && status["peer"]["state"] == peer
             });
         }
         Self { primary, backup }
