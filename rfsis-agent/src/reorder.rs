@@ -65,6 +65,11 @@ impl Reorder {
         end
     }
 
+    /// Whether something is held that starts behind `offset`.
+    pub fn is_held_behind(&self, offset: u64) -> bool {
+        self.pieces.range(offset + 1..).next().is_some()
+    }
+
     /// Up to three ranges that start behind `offset`, merged, lowest first (RFC 2018 section 3).
     pub fn ranges_behind(&self, offset: u64) -> [Option<(u64, u64)>; 3] {
         let mut ranges = [None; 3];

@@ -82,7 +82,7 @@ impl Shadow {
     /// The client goes on behind a hole and never fills it: it was told, by the active, that the bytes
     /// had arrived.
     fn hole_stays(&mut self, now: Nanos) -> bool {
-        let hole = self.reorder.ranges_behind(self.held)[0].is_some();
+        let hole = self.reorder.is_held_behind(self.held);
         self.hole = match self.hole {
             Some((held, since)) if hole && held == self.held => Some((held, since)),
             _ => hole.then_some((self.held, now)),
