@@ -267,11 +267,33 @@ impl Trace {
     /// That the VIP never refused anybody: no TCP reset, and no ICMP "destination unreachable",
     /// which is what a UDP client sees of a dead server.
     ///
+    /// A connection that both sides have closed cannot be reset any more: when its last FIN was sent
+    /// twice, the client acknowledges it twice, and any kernel answers the second with an RST at that
+    /// number (RFC 9293 section 3.10.7.1), which the client's TIME-WAIT ignores.
+    ///
     /// # Errors
     /// Names the first refusal.
     pub fn no_reset_from_vip(&self) -> Result<()> {
-        if let Some(reset) = self.segments_from_vip().find(|segment| segment.rst) {
-            bail!("the VIP sent a reset: {reset:?}");
+        // By the client's port and the service's: the end of the VIP's FIN, and whether the client
+        // has sent its own.
+        let mut closing: HashMap<(u16, u16), (Option<u32>, bool)> = HashMap::new();
+        for segment in self.frames.iter().filter_map(CapturedFrame::tcp) {
+            let (from, to) = (segment.source.1, segment.destination.1);
+            if segment.source.0 != VIP {
+                let (_, client_closed) = closing.entry((from, to)).or_default();
+                *client_closed = (*client_closed || segment.fin) && !segment.syn;
+                continue;
+            }
+            let (end, client_closed) = closing.entry((to, from)).or_default();
+            if segment.syn {
+                *end = None;
+            } else if segment.fin {
+                let len = segment.payload.len() as u32;
+                *end = Some(segment.seq.wrapping_add(len).wrapping_add(1));
+            }
+            if segment.rst && !(*client_closed && *end == Some(segment.seq)) {
+                bail!("the VIP sent a reset: {segment:?}");
+            }
         }
         match self
             .frames
@@ -398,6 +420,35 @@ mod tests {
             bytes,
         }]);
         assert!(refused.no_reset_from_vip().is_err());
+    }
+
+    #[test]
+    fn an_rst_is_none_only_where_both_sides_have_closed_and_at_that_number() {
+        let fin = |from: Host, (source, to): ([u8; 4], [u8; 4]), (port, peer), seq| {
+            let mut bytes = Vec::new();
+            PacketBuilder::ethernet2(from.mac(), Host::A.mac())
+                .ipv4(source, to, 64)
+                .tcp(port, peer, seq, 1000)
+                .fin()
+                .write(&mut bytes, b"")
+                .unwrap();
+            CapturedFrame {
+                at: UNIX_EPOCH,
+                bytes,
+            }
+        };
+        let (vip, client) = (VIP.octets(), Host::Client.address().octets());
+        let theirs = fin(Host::Client, (client, vip), (40_000, 7), 500);
+        let ours = fin(Host::A, (vip, client), (7, 40_000), 90);
+        let rst = |seq| segment(Host::A.mac(), seq, false, true, b"");
+        let closed = [theirs.clone(), ours.clone()];
+        let with = |frames: &[CapturedFrame], last| {
+            trace(frames.iter().cloned().chain([last])).no_reset_from_vip()
+        };
+        with(&closed, rst(91)).unwrap();
+        assert!(with(&closed, rst(90)).is_err());
+        assert!(with(&[theirs], rst(91)).is_err());
+        assert!(with(&[ours], rst(91)).is_err());
     }
 
     #[test]
