@@ -21,9 +21,9 @@
 //!   before the fenced node's chance is over, and then it does.
 //! - Any other way to become active (start, peer silent while fenced) is a decision that both nodes
 //!   might make at once. So it is **claimed** first: a heartbeat says `taking_over` while the gate
-//!   stays closed for one lease from when that was sent. Whatever the peer decided before it could
-//!   hear the claim is heard by then, or has lapsed. The gate opens with the lease that the claim's
-//!   heartbeats earned.
+//!   stays closed for longer than one lease from when that was sent. Longer, because a lease holds
+//!   in its last nanosecond too. Whatever the peer decided before it could hear the claim is heard
+//!   by then, or has lapsed. The gate opens with the lease that the claim's heartbeats earned.
 //!
 //! With loss or a cut LAN both may be active. Then the higher epoch wins, and at equal epochs the
 //! numerically higher node address.
@@ -64,8 +64,8 @@ enum Phase {
     Standby {
         deadline: Option<Nanos>,
     },
-    /// Waits one lease from `sent_at`, when the claim had surely been sent. Its heartbeats earn the
-    /// lease with which the gate will be opened.
+    /// Waits until a lease from `sent_at`, when the claim had surely been sent, has lapsed. Its
+    /// heartbeats earn the lease with which the gate will be opened.
     Claiming {
         reason: TakeoverReason,
         sent_at: Option<Nanos>,
@@ -193,10 +193,7 @@ impl Node {
                 deadline: Some(deadline),
             } => deadline,
             Phase::Standby { deadline: None } => self.startup_deadline(),
-            Phase::Claiming { sent_at, .. } => match sent_at {
-                Some(sent_at) => sent_at.saturating_add(self.lease),
-                None => Nanos::MAX,
-            },
+            Phase::Claiming { sent_at, .. } => sent_at.map_or(Nanos::MAX, |at| self.lapsed_at(at)),
             Phase::TakingOver | Phase::Active => Nanos::MAX,
             Phase::Fenced { .. } => self.peer_silent_at(),
         };
@@ -419,7 +416,7 @@ impl Node {
                 reason,
                 sent_at: Some(sent_at),
                 ..
-            } if now >= sent_at.saturating_add(self.lease) => {
+            } if now >= self.lapsed_at(sent_at) => {
                 if now > self.lease_until {
                     // Slept over it: the peer's deadline may have passed meanwhile.
                     self.claim(reason, now, actions);
@@ -501,6 +498,11 @@ impl Node {
                 .saturating_add(self.startup_grace)
                 .saturating_add(self.takeover_time),
         }
+    }
+
+    /// First moment at which a lease from `since` no longer holds; both nodes have the same lease.
+    fn lapsed_at(&self, since: Nanos) -> Nanos {
+        since.saturating_add(self.lease).saturating_add(1)
     }
 
     fn peer_silent_at(&self) -> Nanos {

@@ -281,7 +281,8 @@ fn exclusive(world: &World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    // More by PROPTEST_CASES.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(1000)))]
 
     /// The safety of the whole design: see the proof on the module.
     #[test]

@@ -198,9 +198,9 @@ fn a_heartbeat_seen_late_counts_from_its_arrival() {
 fn alone_a_primary_starts_soon_and_a_backup_after_its_grace() {
     for (role, wait) in [(Role::Primary, 200 * MS), (Role::Backup, 500 * MS)] {
         let mut bench = Bench::new(role);
-        assert_eq!(opened(&bench.run(wait + 25 * MS - 1)), None);
-        // The claim: one lease.
-        let actions = bench.run(wait + 25 * MS);
+        // The claim: a lease holds in its last nanosecond too.
+        assert_eq!(opened(&bench.run(wait + 25 * MS)), None);
+        let actions = bench.run(wait + 25 * MS + 1);
         assert!(opened(&actions).is_some(), "{role:?}");
         let take_over = Action::TakeOver {
             reason: TakeoverReason::Startup,
@@ -231,7 +231,7 @@ fn a_primary_beside_a_fresh_standby_claims_at_once() {
     let mut bench = Bench::new(Role::Primary);
     bench.run(MS);
     bench.hear(State::Standby, 0);
-    assert!(opened(&bench.run(26 * MS)).is_some());
+    assert!(opened(&bench.run(26 * MS + 1)).is_some());
 }
 
 /// The peer may be about to take over, and it has the shadows.
@@ -426,10 +426,10 @@ fn a_standby_whose_peer_said_standby_or_has_a_new_agent_claims_before_it_opens()
             (bench.heartbeat.session, bench.heartbeat.echo) = (33, None);
             bench.hear_again();
         }
-        let mut actions = bench.run(75 * MS - 1);
+        let mut actions = bench.run(75 * MS);
         assert_eq!(opened(&actions), None);
         assert_eq!(bench.node.state(), State::TakingOver);
-        actions.extend(bench.run(75 * MS));
+        actions.extend(bench.run(75 * MS + 1));
         assert!(opened(&actions).is_some());
     }
 }
@@ -442,6 +442,6 @@ fn a_claim_waits_for_the_lease_of_an_outranked_peer_that_still_speaks() {
     assert_eq!(bench.node.state(), State::TakingOver);
     bench.run(515 * MS);
     bench.hear(State::Active, 0);
-    assert_eq!(opened(&bench.run(540 * MS - 1)), None);
-    assert!(opened(&bench.run(540 * MS)).is_some());
+    assert_eq!(opened(&bench.run(540 * MS)), None);
+    assert!(opened(&bench.run(540 * MS + 1)).is_some());
 }
