@@ -1,9 +1,9 @@
 //! Start, stop, and who talks to whom.
 //!
 //! ```text
-//!  start:  control socket, metrics port ─► load ─► gate (closed) ─► XDP (standby) ─► VIP
+//!  start:  control socket, metrics port ─► load ─► gate (closed), mirror ─► XDP (standby) ─► VIP
 //!          ─► service sockets ─► shadow thread, heartbeat thread ─► run
-//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, gate detached
+//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, mirror, gate detached
 //! ```
 //!
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
@@ -24,11 +24,15 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
+use crate::bpf::{
+    self, Approvals, BpfError, Counters, LoadParams, MirrorParams, Programs, XdpMode,
+};
 use crate::cli::{Fatal, Role};
-use crate::config::{Config, Protocol};
+use crate::config::{Config, MirrorConfig, Protocol, Tap};
 use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
-use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
+use crate::engine::{
+    self, Command, Engine, EngineHandle, FlowsTookOver, FrameSource, KernelEffects,
+};
 use crate::flows::{Flows, FlowsConfig};
 use crate::heartbeat::Codec;
 use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
@@ -38,6 +42,7 @@ use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
+use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// Real-time priority of the heartbeat thread: above what hosts usually run so, below the kernel's
@@ -94,8 +99,10 @@ pub fn cleanup(config: &Config) -> Result<(), Fatal> {
         if netif.remove_vip_if_ours(config.virtual_ip).await? {
             tracing::info!(vip = %config.virtual_ip, "removed the VIP");
         }
-        bpf::cleanup(&config.interface).await?;
-        tracing::info!(interface = config.interface, "programs detached");
+        for interface in config.interfaces() {
+            bpf::cleanup(interface).await?;
+            tracing::info!(interface, "programs detached");
+        }
         Ok(())
     })
 }
@@ -114,6 +121,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     let netif = Netif::new(&config.interface).await?;
     let own = netif.own_node(&config.nodes).await?;
     netif.check_vip(config.virtual_ip)?;
+    let tap = tap_interface(&config, &netif).await?;
     let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
     let metrics_port = metrics::bind(config.metrics)
         .await
@@ -132,6 +140,14 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
+        mirror: match &config.tap {
+            Tap::Lan => None,
+            Tap::Mirror(mirror) => Some(MirrorParams {
+                ifindex: tap.index,
+                mac: tap.mac,
+                egress: mirror.egress,
+            }),
+        },
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -139,6 +155,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         role,
         own,
         &netif,
+        &tap,
         &mut programs,
         control,
         metrics_port,
@@ -152,6 +169,38 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     removed?;
     detached?;
     Ok(())
+}
+
+/// The interface that sends and takes copies of the VIP's frames: the VIP's own unless configured.
+async fn tap_interface(config: &Config, netif: &Netif) -> Result<Netif, Fatal> {
+    let Tap::Mirror(mirror) = &config.tap else {
+        return Ok(netif.clone());
+    };
+    if mirror.egress != MirrorEgress::Full {
+        tracing::warn!(
+            mirror_egress = mirror.egress.as_str(),
+            "the standby does not see what the active acknowledges: a lost copy stays unnoticed"
+        );
+    }
+    let MirrorConfig {
+        sync_interface: Some(name),
+        ..
+    } = mirror
+    else {
+        return Ok(netif.clone());
+    };
+    let tap = Netif::new(name).await?;
+    if tap.mtu < netif.mtu {
+        return Err(Fatal::Unfit(anyhow::anyhow!(
+            "sync_interface {name}: found MTU {}, expected {} or more, as {} has: copies are not cut; \
+             `ip link set dev {name} mtu {}`",
+            tap.mtu,
+            netif.mtu,
+            netif.name,
+            netif.mtu,
+        )));
+    }
+    Ok(tap)
 }
 
 fn stop_signals() -> Result<mpsc::Receiver<&'static str>, Fatal> {
@@ -180,12 +229,24 @@ async fn attach_and_serve(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     control: std::os::unix::net::UnixListener,
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
 ) -> Result<(), Fatal> {
+    if tap.index != netif.index {
+        // The VIP's host answers for it on every link.
+        programs.attach_gate(&tap.name)?;
+    }
+    match config.tap {
+        Tap::Mirror(_) => programs.attach_mirror(&config.interface)?,
+        Tap::Lan => programs.remove_mirror(&config.interface)?,
+    }
     let xdp_mode = programs.attach_xdp(&config.interface)?;
+    if tap.index != netif.index {
+        programs.attach_xdp(&tap.name)?;
+    }
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
     }
@@ -219,13 +280,14 @@ async fn attach_and_serve(
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
     let (engine, engine_thread) =
-        start_engine(config, netif, programs, &metrics, &shared, warm, took_over)?;
+        start_engine(config, netif, tap, programs, &metrics, &shared, warm, took_over)?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
         config,
         role,
         own,
         netif,
+        tap,
         programs,
         Parts {
             engine: engine.clone(),
@@ -309,9 +371,14 @@ fn start_vital(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinH
         .map_err(Fatal::Failed)
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn start_engine(
     config: &Config,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
     shared: &Arc<Shared>,
@@ -343,6 +410,10 @@ fn start_engine(
             live_flows: programs.live_flows()?,
             warm,
             metrics: Arc::clone(metrics),
+        },
+        source: match config.tap {
+            Tap::Lan => FrameSource::Lan,
+            Tap::Mirror(_) => FrameSource::Mirror(tap.index),
         },
         frames: programs.take_frames()?,
         held: programs.take_held()?,
@@ -385,6 +456,7 @@ fn start_pulse(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
@@ -398,6 +470,7 @@ fn start_pulse(
             node: config.nodes[own],
             peer: config.nodes[1 - own],
             mac: netif.mac,
+            tap_mac: tap.mac,
             interval: config.heartbeat.interval,
             missed: config.heartbeat.missed,
             lease: config.heartbeat.lease,
@@ -416,6 +489,10 @@ fn start_pulse(
             .map_err(|error| lacks_raw(error, "a packet socket"))?,
         ring: programs.take_heartbeats()?,
         state: programs.state_map()?,
+        mirror: match config.tap {
+            Tap::Lan => None,
+            Tap::Mirror(_) => Some(programs.mirror()?),
+        },
         engine: parts.engine,
         services: parts.services,
         metrics: parts.metrics,
@@ -478,6 +555,17 @@ async fn tell(
             Some(notice) = notices.recv() => match notice {
                 Notice::Fact(fact) => log(&fact),
                 Notice::TookOver(takeover) => story.took_over(&takeover, &metrics),
+                Notice::Mirrors(peer) if peer.is_nobody() => {
+                    tracing::warn!("no standby is heard: the VIP's frames are not copied");
+                }
+                Notice::Mirrors(peer) => {
+                    let [a, b, c, d, e, f] = peer.mac();
+                    let standby = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+                    tracing::info!(standby, "copying the VIP's frames");
+                }
+                Notice::MirrorNotWritten => {
+                    tracing::error!("the kernel refused to be told whom to copy the VIP's frames to");
+                }
                 Notice::StateNotWritten => {
                     tracing::error!("the kernel refused the state; the gate closes with its lease");
                 }
@@ -524,6 +612,12 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
         if let Ok(gate) = counters.gate() {
             for verdict in GateVerdict::ALL {
                 metrics.gate_packets.raise_to(verdict, gate.get(verdict));
+            }
+        }
+        if let Ok(mirror) = counters.mirror() {
+            for verdict in MirrorVerdict::ALL {
+                let count = mirror.get(verdict);
+                metrics.mirror_packets.raise_to(verdict, count);
             }
         }
         let node = story.shared.node();
