@@ -279,8 +279,9 @@ async fn attach_and_serve(
     let (warm, to_warm) = mpsc::channel(1024);
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
-    let (engine, engine_thread) =
-        start_engine(config, netif, tap, programs, &metrics, &shared, warm, took_over)?;
+    let (engine, engine_thread) = start_engine(
+        config, netif, tap, programs, &metrics, &shared, warm, took_over,
+    )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
         config,

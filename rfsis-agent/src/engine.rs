@@ -222,10 +222,16 @@ impl Engine {
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
-            let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(|(direction, packet)| {
-                self.flows
-                    .process_frame(packet, direction, header.arrival_ns, &mut self.effects)
-            });
+            let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(
+                |(direction, packet)| {
+                    self.flows.process_frame(
+                        packet,
+                        direction,
+                        header.arrival_ns,
+                        &mut self.effects,
+                    )
+                },
+            );
             drop(entry);
             self.metrics
                 .frames

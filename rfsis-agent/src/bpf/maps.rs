@@ -66,7 +66,14 @@ macro_rules! opaque_debug {
         })+
     };
 }
-opaque_debug!(StateWriter, MirrorWriter, LiveFlows, Approvals, LostFlows, Counters);
+opaque_debug!(
+    StateWriter,
+    MirrorWriter,
+    LiveFlows,
+    Approvals,
+    LostFlows,
+    Counters
+);
 
 /// Writes the node's state and lease.
 #[derive(Clone)]

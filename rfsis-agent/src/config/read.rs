@@ -9,8 +9,8 @@ use std::time::Duration;
 use super::fields::{self, KeyFileError, MIN_KEY_BYTES};
 use super::yaml::{self, Entry, Node, Value};
 use super::{
-    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protocol, Service,
-    ShadowConfig, Tap,
+    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protocol,
+    Service, ShadowConfig, Tap,
 };
 use crate::handler::HandlerKind;
 use rfsis_common::mirror::MirrorEgress;
@@ -223,12 +223,7 @@ impl<'a> Reader<'a> {
             let fits = (1..=64).contains(&text.chars().count());
             (fits && !text.chars().any(char::is_control)).then(|| text.to_owned())
         });
-        let interface = self.required(
-            &root,
-            "interface",
-            INTERFACE_EXPECTED,
-            fields::interface,
-        );
+        let interface = self.required(&root, "interface", INTERFACE_EXPECTED, fields::interface);
         let virtual_ip = self.required(
             &root,
             "virtual_ip",

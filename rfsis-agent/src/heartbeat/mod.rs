@@ -358,12 +358,22 @@ mod tests {
 
     fn heartbeats() -> impl Strategy<Value = Heartbeat> {
         (
-            (0u8..4, any::<bool>(), any::<u32>(), any::<MacAddr>(), hosts()),
+            (
+                0u8..4,
+                any::<bool>(),
+                any::<u32>(),
+                any::<MacAddr>(),
+                hosts(),
+            ),
             (any::<u64>(), 1u64.., 1u64.., any::<u64>()),
             proptest::option::of((1u64.., any::<u64>())),
         )
             .prop_map(
-                |((state, primary, node, mac, tap_mac), (epoch, session, sequence, sent_ns), echo)| {
+                |(
+                    (state, primary, node, mac, tap_mac),
+                    (epoch, session, sequence, sent_ns),
+                    echo,
+                )| {
                     Heartbeat {
                         state: State::from_u8(state).unwrap(),
                         role: if primary { Role::Primary } else { Role::Backup },
@@ -512,7 +522,14 @@ mod tests {
     #[test]
     fn a_tap_that_is_no_host_is_refused() {
         for tap_mac in [[0; 6], BROADCAST, [3, 0, 0, 0, 0, 1]] {
-            let frame = codec().emit(&Heartbeat { tap_mac, ..sample() }, None, PEER);
+            let frame = codec().emit(
+                &Heartbeat {
+                    tap_mac,
+                    ..sample()
+                },
+                None,
+                PEER,
+            );
             let field = "tap hardware address";
             assert_eq!(
                 codec().parse(&frame),
