@@ -9,7 +9,6 @@
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
 //! not attached.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,15 +23,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bpf::{
-    self, Approvals, BpfError, Counters, LoadParams, MirrorParams, Programs, XdpMode,
-};
+use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
-use crate::config::{Config, MirrorConfig, Protocol, Tap};
+use crate::config::{Config, Protocol, Tap};
 use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
-use crate::engine::{
-    self, Command, Engine, EngineHandle, FlowsTookOver, FrameSource, KernelEffects,
-};
+use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
 use crate::heartbeat::Codec;
 use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
@@ -42,7 +37,9 @@ use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
-use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
+use crate::tap;
+use crate::warm::keep_warm;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// Real-time priority of the heartbeat thread: above what hosts usually run so, below the kernel's
@@ -51,10 +48,6 @@ const HEARTBEAT_PRIORITY: i32 = 40;
 
 /// The shadow thread must keep up with the wire, or copies are lost.
 const ENGINE_NICE: i32 = -20;
-
-/// Next hops that are kept resolved, and how often.
-const WARM_MOST: usize = 4096;
-const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How long ago the peer may have been heard for the node to call itself ready, at least.
 const READY_SILENCE: Duration = Duration::from_secs(1);
@@ -121,7 +114,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     let netif = Netif::new(&config.interface).await?;
     let own = netif.own_node(&config.nodes).await?;
     netif.check_vip(config.virtual_ip)?;
-    let tap = tap_interface(&config, &netif).await?;
+    let tap = tap::interface(&config, &netif).await?;
     let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
     let metrics_port = metrics::bind(config.metrics)
         .await
@@ -140,14 +133,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
-        mirror: match &config.tap {
-            Tap::Lan => None,
-            Tap::Mirror(mirror) => Some(MirrorParams {
-                ifindex: tap.index,
-                mac: tap.mac,
-                egress: mirror.egress,
-            }),
-        },
+        mirror: tap::mirror_params(&config, &tap),
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -169,38 +155,6 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     removed?;
     detached?;
     Ok(())
-}
-
-/// The interface that sends and takes copies of the VIP's frames: the VIP's own unless configured.
-async fn tap_interface(config: &Config, netif: &Netif) -> Result<Netif, Fatal> {
-    let Tap::Mirror(mirror) = &config.tap else {
-        return Ok(netif.clone());
-    };
-    if mirror.egress != MirrorEgress::Full {
-        tracing::warn!(
-            mirror_egress = mirror.egress.as_str(),
-            "the standby does not see what the active acknowledges: a lost copy stays unnoticed"
-        );
-    }
-    let MirrorConfig {
-        sync_interface: Some(name),
-        ..
-    } = mirror
-    else {
-        return Ok(netif.clone());
-    };
-    let tap = Netif::new(name).await?;
-    if tap.mtu < netif.mtu {
-        return Err(Fatal::Unfit(anyhow::anyhow!(
-            "sync_interface {name}: found MTU {}, expected {} or more, as {} has: copies are not cut; \
-             `ip link set dev {name} mtu {}`",
-            tap.mtu,
-            netif.mtu,
-            netif.name,
-            netif.mtu,
-        )));
-    }
-    Ok(tap)
 }
 
 fn stop_signals() -> Result<mpsc::Receiver<&'static str>, Fatal> {
@@ -235,18 +189,8 @@ async fn attach_and_serve(
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
 ) -> Result<(), Fatal> {
-    if tap.index != netif.index {
-        // The VIP's host answers for it on every link.
-        programs.attach_gate(&tap.name)?;
-    }
-    match config.tap {
-        Tap::Mirror(_) => programs.attach_mirror(&config.interface)?,
-        Tap::Lan => programs.remove_mirror(&config.interface)?,
-    }
+    tap::attach(config, programs)?;
     let xdp_mode = programs.attach_xdp(&config.interface)?;
-    if tap.index != netif.index {
-        programs.attach_xdp(&tap.name)?;
-    }
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
     }
@@ -412,10 +356,7 @@ fn start_engine(
             warm,
             metrics: Arc::clone(metrics),
         },
-        source: match config.tap {
-            Tap::Lan => FrameSource::Lan,
-            Tap::Mirror(_) => FrameSource::Mirror(tap.index),
-        },
+        source: tap::frame_source(config, tap),
         frames: programs.take_frames()?,
         held: programs.take_held()?,
         lost: programs.lost_flows()?,
@@ -518,29 +459,6 @@ impl FlowGate for Approvals {
 
     fn revoke(&self, flow: FlowKey) -> io::Result<()> {
         Approvals::revoke(self, &flow).map_err(io::Error::other)
-    }
-}
-
-/// Keeps next hops resolved while their flows are young, so that a takeover need not ask for them.
-async fn keep_warm(netif: Netif, mut clients: mpsc::Receiver<Ipv4Addr>) {
-    let mut warmed: HashMap<Ipv4Addr, Instant> = HashMap::new();
-    while let Some(client) = clients.recv().await {
-        let now = Instant::now();
-        if warmed
-            .get(&client)
-            .is_some_and(|at| now - *at < WARM_INTERVAL)
-        {
-            continue;
-        }
-        if warmed.len() >= WARM_MOST {
-            warmed.retain(|_, at| now - *at < WARM_INTERVAL);
-        }
-        if warmed.len() < WARM_MOST {
-            warmed.insert(client, now);
-        }
-        if let Err(error) = netif.warm_next_hop(client).await {
-            tracing::debug!(%client, %error, "next hop not resolved");
-        }
     }
 }
 

@@ -903,10 +903,7 @@ impl Shadow {
     /// Nothing was sent to the client yet, so a handler may still start from the beginning.
     fn is_pristine(&self) -> bool {
         let first = self.handshake.active_isn.wrapping_add(1);
-        self.una == first
-            && self.active_next == first
-            && self.ahead.is_none()
-            && self.claimed.is_none()
+        self.una == first && self.active_next == first && self.ahead.is_none() && self.claimed.is_none()
     }
 
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.

@@ -918,20 +918,7 @@ impl Lab {
     /// A packet of a stack or a shadow enters the wire.
     fn post(&mut self, packet: Vec<u8>, direction: Direction2) {
         let (_, segment) = parse(&packet, direction.into()).expect("a sound packet");
-        if std::env::var("LAB_TRACE").is_ok() && self.events < 100000 {
-            eprintln!(
-                "{:.4} {direction:?} seq {} ack {:?} win {} len {} {}{}{} {:?}",
-                self.now as f64 / 1e9,
-                segment.seq,
-                segment.ack,
-                segment.window,
-                segment.payload.len(),
-                if segment.syn { "S" } else { "" },
-                if segment.fin { "F" } else { "" },
-                if segment.rst { "R" } else { "" },
-                segment.options.timestamp
-            );
-        }
+        if std::env::var("LAB_TRACE").is_ok() && self.events < 100000 { eprintln!("{:.4} {direction:?} seq {} ack {:?} win {} len {} {}{}{} {:?}", self.now as f64/1e9, segment.seq, segment.ack, segment.window, segment.payload.len(), if segment.syn {"S"} else {""}, if segment.fin {"F"} else {""}, if segment.rst {"R"} else {""}, segment.options.timestamp); }
         if (self.lose)(&segment, direction.into()) || self.rng.happens(self.faults.loss) {
             return;
         }
