@@ -16,6 +16,17 @@ const CLONED: [(&str, &str); 1] = [("verdict", "cloned")];
 const NO_STANDBY: [(&str, &str); 1] = [("verdict", "no_standby")];
 const FOREIGN: [(&str, &str); 1] = [("result", "foreign")];
 
+/// The active copies once it hears the standby, which takes copies once it hears the active.
+#[track_caller]
+fn wait_until_they_hear_each_other(pair: &Pair) {
+    for agent in [&pair.primary, &pair.backup] {
+        agent.wait_status("a peer", |status| {
+            let states = [&status["state"], &status["peer"]["state"]];
+            status["ready"] == true && states.contains(&&"active".into()) && states[0] != states[1]
+        });
+    }
+}
+
 #[test]
 fn a_switch_shows_the_client_no_copy_and_the_metrics_count_them() {
     let wiring = Wiring::Mirror;
@@ -117,8 +128,7 @@ fn copying_ends_with_the_standby_and_begins_again_with_the_next() {
     assert_eq!(pair.primary.metrics().sum(COPIES, &CLONED), alone);
 
     pair.backup = Agent::start(&lab, Host::B, "backup", &settings);
-    pair.primary
-        .wait_status("a standby", |status| status["ready"] == true);
+    wait_until_they_hear_each_other(&pair);
     let mut second = Typist::tcp(&lab, port::ECHO);
     second.echoes("copied again");
     pair.backup.wait_flows("lockstep", 1);
@@ -141,8 +151,7 @@ fn a_flow_that_lives_on_a_shadow_is_unprotected_at_the_standby_that_came_back() 
     nc.echoes("on the shadow");
     pair.primary.await_exit();
     pair.primary = Agent::start(&lab, Host::A, "primary", &settings);
-    pair.backup
-        .wait_status("its peer", |status| status["peer"]["state"] == "standby");
+    wait_until_they_hear_each_other(&pair);
     // Only the shadow's half of it is copied.
     nc.echoes("seen in part");
     pair.primary.wait_flows("unprotected", 1);
