@@ -23,7 +23,7 @@ const ANSWERED: usize = 10;
 const UNANSWERED: usize = 10;
 
 /// Bytes of each transfer.
-const TRANSFER: u64 = 2 << 20;
+const TRANSFER: u64 = 512 << 10;
 /// Bytes read of chargen before and after the kill.
 const GENERATED: u64 = 256 << 10;
 
@@ -91,7 +91,7 @@ fn two_hundred_connections_survive(wiring: Wiring) {
                     .sum()
             };
             wait_until("the transfers to be under way", done, |&bytes: &u64| {
-                bytes > TRANSFERS as u64 * TRANSFER / 8
+                bytes > TRANSFERS as u64 * TRANSFER / 4
             });
             pair.primary_dies(&lab, Death::Kill9);
             (answered, running)
