@@ -1,15 +1,14 @@
 //! Start, stop, and who talks to whom.
 //!
 //! ```text
-//!  start:  control socket, metrics port ─► load ─► gate (closed) ─► XDP (standby) ─► VIP
+//!  start:  control socket, metrics port ─► load ─► gate (closed), mirror ─► XDP (standby) ─► VIP
 //!          ─► service sockets ─► shadow thread, heartbeat thread ─► run
-//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, gate detached
+//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, mirror, gate detached
 //! ```
 //!
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
 //! not attached.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
-use crate::config::{Config, Protocol};
+use crate::config::{Config, Protocol, Tap};
 use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
@@ -38,6 +37,9 @@ use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
+use crate::tap;
+use crate::warm::keep_warm;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// Real-time priority of the heartbeat thread: above what hosts usually run so, below the kernel's
@@ -46,10 +48,6 @@ const HEARTBEAT_PRIORITY: i32 = 40;
 
 /// The shadow thread must keep up with the wire, or copies are lost.
 const ENGINE_NICE: i32 = -20;
-
-/// Next hops that are kept resolved, and how often.
-const WARM_MOST: usize = 4096;
-const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How long ago the peer may have been heard for the node to call itself ready, at least.
 const READY_SILENCE: Duration = Duration::from_secs(1);
@@ -94,8 +92,10 @@ pub fn cleanup(config: &Config) -> Result<(), Fatal> {
         if netif.remove_vip_if_ours(config.virtual_ip).await? {
             tracing::info!(vip = %config.virtual_ip, "removed the VIP");
         }
-        bpf::cleanup(&config.interface).await?;
-        tracing::info!(interface = config.interface, "programs detached");
+        for interface in config.interfaces() {
+            bpf::cleanup(interface).await?;
+            tracing::info!(interface, "programs detached");
+        }
         Ok(())
     })
 }
@@ -114,6 +114,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     let netif = Netif::new(&config.interface).await?;
     let own = netif.own_node(&config.nodes).await?;
     netif.check_vip(config.virtual_ip)?;
+    let tap = tap::interface(&config, &netif).await?;
     let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
     let metrics_port = metrics::bind(config.metrics)
         .await
@@ -134,6 +135,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
+        mirror: tap::mirror_params(&config, &tap),
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -141,6 +143,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         role,
         own,
         &netif,
+        &tap,
         &mut programs,
         control,
         metrics_port,
@@ -182,11 +185,13 @@ async fn attach_and_serve(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     control: std::os::unix::net::UnixListener,
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
 ) -> Result<(), Fatal> {
+    tap::attach(config, programs)?;
     let xdp_mode = programs.attach_xdp(&config.interface)?;
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
@@ -224,14 +229,16 @@ async fn attach_and_serve(
     let (warm, to_warm) = mpsc::channel(1024);
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
-    let (engine, engine_thread) =
-        start_engine(config, netif, programs, &metrics, &shared, warm, took_over)?;
+    let (engine, engine_thread) = start_engine(
+        config, netif, tap, programs, &metrics, &shared, warm, took_over,
+    )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
         config,
         role,
         own,
         netif,
+        tap,
         programs,
         Parts {
             engine: engine.clone(),
@@ -315,9 +322,14 @@ fn start_vital(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinH
         .map_err(Fatal::Failed)
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn start_engine(
     config: &Config,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
     shared: &Arc<Shared>,
@@ -350,6 +362,7 @@ fn start_engine(
             warm,
             metrics: Arc::clone(metrics),
         },
+        source: tap::frame_source(config, tap),
         frames: programs.take_frames()?,
         held: programs.take_held()?,
         lost: programs.lost_flows()?,
@@ -392,6 +405,7 @@ fn start_pulse(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
@@ -405,6 +419,7 @@ fn start_pulse(
             node: config.nodes[own],
             peer: config.nodes[1 - own],
             mac: netif.mac,
+            tap_mac: tap.mac,
             interval: config.heartbeat.interval,
             missed: config.heartbeat.missed,
             lease: config.heartbeat.lease,
@@ -424,6 +439,10 @@ fn start_pulse(
             .map_err(|error| lacks_raw(error, "a packet socket"))?,
         ring: programs.take_heartbeats()?,
         state: programs.state_map()?,
+        mirror: match config.tap {
+            Tap::Lan => None,
+            Tap::Mirror(_) => Some(programs.mirror()?),
+        },
         engine: parts.engine,
         services: parts.services,
         metrics: parts.metrics,
@@ -451,29 +470,6 @@ impl FlowGate for Approvals {
     }
 }
 
-/// Keeps next hops resolved while their flows are young, so that a takeover need not ask for them.
-async fn keep_warm(netif: Netif, mut clients: mpsc::Receiver<Ipv4Addr>) {
-    let mut warmed: HashMap<Ipv4Addr, Instant> = HashMap::new();
-    while let Some(client) = clients.recv().await {
-        let now = Instant::now();
-        if warmed
-            .get(&client)
-            .is_some_and(|at| now - *at < WARM_INTERVAL)
-        {
-            continue;
-        }
-        if warmed.len() >= WARM_MOST {
-            warmed.retain(|_, at| now - *at < WARM_INTERVAL);
-        }
-        if warmed.len() < WARM_MOST {
-            warmed.insert(client, now);
-        }
-        if let Err(error) = netif.warm_next_hop(client).await {
-            tracing::debug!(%client, %error, "next hop not resolved");
-        }
-    }
-}
-
 /// Logs and remembers what the threads have to say.
 async fn tell(
     mut notices: mpsc::UnboundedReceiver<Notice>,
@@ -486,6 +482,17 @@ async fn tell(
             Some(notice) = notices.recv() => match notice {
                 Notice::Fact(fact) => log(&fact),
                 Notice::TookOver(takeover) => story.took_over(&takeover, &metrics),
+                Notice::Mirrors(peer) if peer.is_nobody() => {
+                    tracing::warn!("no standby is heard: the VIP's frames are not copied");
+                }
+                Notice::Mirrors(peer) => {
+                    let [a, b, c, d, e, f] = peer.mac();
+                    let standby = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+                    tracing::info!(standby, "copying the VIP's frames");
+                }
+                Notice::MirrorNotWritten => {
+                    tracing::error!("the kernel refused to be told whom to copy the VIP's frames to");
+                }
                 Notice::StateNotWritten => {
                     tracing::error!("the kernel refused the state; the gate closes with its lease");
                 }
@@ -532,6 +539,12 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
         if let Ok(gate) = counters.gate() {
             for verdict in GateVerdict::ALL {
                 metrics.gate_packets.raise_to(verdict, gate.get(verdict));
+            }
+        }
+        if let Ok(mirror) = counters.mirror() {
+            for verdict in MirrorVerdict::ALL {
+                let count = mirror.get(verdict);
+                metrics.mirror_packets.raise_to(verdict, count);
             }
         }
         let node = story.shared.node();

@@ -6,7 +6,8 @@
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
-//! [`control`], [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
+//! [`control`], [`tap`] (how frames reach the standby), [`warm`] (next hops), [`agent`] (start, stop,
+//! who talks to whom), [`sys`] (system calls).
 
 pub mod agent;
 pub mod announce;
@@ -30,4 +31,6 @@ pub mod shadow;
 pub mod shared;
 pub mod sys;
 pub mod tail;
+pub mod tap;
+pub mod warm;
 pub mod wire;

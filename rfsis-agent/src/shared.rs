@@ -25,8 +25,8 @@ pub struct Shared {
     node: Mutex<NodeView>,
     census: Mutex<Census>,
     peer_heard_at: AtomicU64,
-    /// The peer's hardware address in the low 48 bits, 0 if it was never heard.
-    peer_mac: AtomicU64,
+    /// The hardware address of the peer's tap in the low 48 bits, 0 if it was never heard.
+    peer_tap: AtomicU64,
 }
 
 impl Default for Shared {
@@ -39,7 +39,7 @@ impl Default for Shared {
             }),
             census: Mutex::default(),
             peer_heard_at: AtomicU64::new(0),
-            peer_mac: AtomicU64::new(0),
+            peer_tap: AtomicU64::new(0),
         }
     }
 }
@@ -69,12 +69,12 @@ impl Shared {
         *lock(&self.census) = census;
     }
 
-    /// The peer was heard at `at` (ns) from hardware address `mac`.
-    pub fn peer_heard(&self, at: Nanos, mac: MacAddr) {
+    /// The peer was heard at `at` (ns); its tap has hardware address `tap`.
+    pub fn peer_heard(&self, at: Nanos, tap: MacAddr) {
         self.peer_heard_at.store(at, Ordering::Relaxed);
-        let [a, b, c, d, e, f] = mac;
+        let [a, b, c, d, e, f] = tap;
         let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
-        self.peer_mac.store(number, Ordering::Relaxed);
+        self.peer_tap.store(number, Ordering::Relaxed);
     }
 
     /// When the peer was heard last, ns; `None` if never.
@@ -82,9 +82,9 @@ impl Shared {
         Some(self.peer_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
-    /// The peer's hardware address, as its authenticated heartbeats say.
-    pub fn peer_mac(&self) -> Option<MacAddr> {
-        let [_, _, mac @ ..] = self.peer_mac.load(Ordering::Relaxed).to_be_bytes();
+    /// The hardware address of the peer's tap, as its authenticated heartbeats say.
+    pub fn peer_tap(&self) -> Option<MacAddr> {
+        let [_, _, mac @ ..] = self.peer_tap.load(Ordering::Relaxed).to_be_bytes();
         (mac != [0; 6]).then_some(mac)
     }
 }

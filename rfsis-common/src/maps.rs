@@ -73,6 +73,50 @@ pub struct FlowKey {
     pub service_port: u16,
 }
 
+/// The one value of map `MIRROR`: to which hardware address the active copies the VIP's frames.
+///
+/// One word, so that a program never sees half of it: the address in the low 48 bits, 0 for nobody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct MirrorPeer(u64);
+
+impl MirrorPeer {
+    /// No copies.
+    pub const NOBODY: MirrorPeer = MirrorPeer(0);
+
+    /// Copies go to this hardware address; all zeros is nobody's.
+    #[inline(always)]
+    pub const fn at(mac: [u8; 6]) -> MirrorPeer {
+        let [a, b, c, d, e, f] = mac;
+        MirrorPeer(u64::from_be_bytes([0, 0, a, b, c, d, e, f]))
+    }
+
+    /// The word from a map or a global.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> MirrorPeer {
+        MirrorPeer(word)
+    }
+
+    /// The hardware address.
+    #[inline(always)]
+    pub const fn mac(self) -> [u8; 6] {
+        let [_, _, a, b, c, d, e, f] = self.0.to_be_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// Whether there is nobody to copy to.
+    #[inline(always)]
+    pub const fn is_nobody(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The word as it stands in the map.
+    #[inline(always)]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+}
+
 /// Which way a mirrored frame goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -94,7 +138,10 @@ pub struct FrameHeader {
     /// Interface that the frame came in on.
     pub ifindex: u32,
     /// [`Direction`] as a number; ARP requests for the VIP count as `ToVip`.
-    pub direction: u32,
+    pub direction: u16,
+    /// [`State`] of the node when the frame came in, as a number: on the active only frames of live
+    /// flows are mirrored.
+    pub state: u16,
     /// Bytes from the start of the frame to the layer-3 header (14, or more behind a VLAN tag 0).
     pub l3_offset: u32,
 }
@@ -111,7 +158,8 @@ impl FrameHeader {
             arrival_ns: u64_at(header, 0)?,
             len: u32_at(header, 8)?,
             ifindex: u32_at(header, 12)?,
-            direction: u32_at(header, 16)?,
+            direction: u16_at(header, 16)?,
+            state: u16_at(header, 18)?,
             l3_offset: u32_at(header, 20)?,
         };
         Some((header, rest.get(..header.len as usize)?))
@@ -224,6 +272,8 @@ pub mod names {
     pub const XDP: &str = "rfsis_xdp";
     /// TC program, egress.
     pub const GATE: &str = "rfsis_gate";
+    /// TC program, ingress: copies input to the standby.
+    pub const MIRROR_PROGRAM: &str = "rfsis_mirror";
     /// `Array<NodeState>`, one entry.
     pub const STATE: &str = "STATE";
     /// `HashMap<FlowKey, u8>`: flows that live on a shadow.
@@ -246,8 +296,18 @@ pub mod names {
     pub const XDP_COUNTERS: &str = "XDP_COUNTERS";
     /// `PerCpuArray<u64>` indexed by [`crate::verdict::GateVerdict`].
     pub const GATE_COUNTERS: &str = "GATE_COUNTERS";
+    /// `PerCpuArray<u64>` indexed by [`crate::mirror::MirrorVerdict`].
+    pub const MIRROR_COUNTERS: &str = "MIRROR_COUNTERS";
+    /// `Array<MirrorPeer>`, one entry.
+    pub const MIRROR: &str = "MIRROR";
     /// Global: the VIP, IPv4 in host byte order.
     pub const VIP: &str = "VIP";
+    /// Global: index of the interface that copies leave by; 0 if the tap is not `mirror`.
+    pub const MIRROR_IFINDEX: &str = "MIRROR_IFINDEX";
+    /// Global: hardware address of that interface, as [`super::MirrorPeer`] holds one.
+    pub const MIRROR_SOURCE: &str = "MIRROR_SOURCE";
+    /// Global: [`crate::mirror::MirrorEgress`] as a number.
+    pub const MIRROR_EGRESS: &str = "MIRROR_EGRESS";
 }
 
 /// Name of a flow for maps with a plain marker value.
@@ -255,12 +315,14 @@ pub const PRESENT: u8 = 1;
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{FlowKey, NodeState};
+    use super::{FlowKey, MirrorPeer, NodeState};
 
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for NodeState {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: one integer: every bit pattern is valid.
+    unsafe impl aya::Pod for MirrorPeer {}
 }
 
 #[cfg(test)]
@@ -290,10 +352,19 @@ mod tests {
     }
 
     #[test]
+    fn a_mirror_peer_gives_back_its_address_and_only_zeros_are_nobody() {
+        let mac = [0x02, 1, 2, 3, 4, 0xff];
+        assert_eq!(MirrorPeer::at(mac).mac(), mac);
+        assert!(!MirrorPeer::at([0, 0, 0, 0, 0, 1]).is_nobody());
+        assert_eq!(MirrorPeer::at([0; 6]), MirrorPeer::NOBODY);
+        assert!(MirrorPeer::NOBODY.is_nobody());
+    }
+
+    #[test]
     fn no_layout_has_hidden_padding() {
         assert_eq!(size_of::<NodeState>(), 16);
         assert_eq!(size_of::<FlowKey>(), 8);
-        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 4);
+        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 2 + 2 * 2 + 4);
         assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
         assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
     }

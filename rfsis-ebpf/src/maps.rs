@@ -5,12 +5,28 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use rfsis_common::maps::{FlowKey, NodeState};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
+use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// The VIP, IPv4 in host byte order; the loader sets it.
 #[unsafe(no_mangle)]
 static VIP: Global<u32> = Global::new(0);
+
+/// Interface that copies leave by, 0 for none; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_IFINDEX: Global<u32> = Global::new(0);
+
+/// Hardware address of that interface; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_SOURCE: Global<u64> = Global::new(0);
+
+/// `MirrorEgress` as a number; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_EGRESS: Global<u32> = Global::new(0);
+
+#[map]
+static MIRROR: Array<MirrorPeer> = Array::with_max_entries(1, 0);
 
 #[map]
 static STATE: Array<NodeState> = Array::with_max_entries(1, 0);
@@ -52,6 +68,10 @@ static XDP_COUNTERS: PerCpuArray<u64> =
 static GATE_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(GateVerdict::ALL.len() as u32, 0);
 
+#[map]
+static MIRROR_COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(MirrorVerdict::ALL.len() as u32, 0);
+
 /// The VIP, host byte order.
 #[inline(always)]
 pub fn vip() -> u32 {
@@ -74,6 +94,45 @@ pub fn node_state() -> NodeState {
     }
 }
 
+/// The interface that copies leave by, 0 for none.
+#[inline(always)]
+pub fn mirror_ifindex() -> u32 {
+    MIRROR_IFINDEX.load()
+}
+
+/// The hardware address that copies come from.
+#[inline(always)]
+pub fn mirror_source() -> MirrorPeer {
+    MirrorPeer::from_word(MIRROR_SOURCE.load())
+}
+
+/// What of the VIP's output is copied.
+#[inline(always)]
+pub fn mirror_egress() -> MirrorEgress {
+    if MIRROR_EGRESS.load() == MirrorEgress::Handshake as u32 {
+        MirrorEgress::Handshake
+    } else {
+        MirrorEgress::Full
+    }
+}
+
+/// To whom the VIP's frames are copied, as the agent wrote it last.
+#[inline(always)]
+pub fn mirror_peer() -> MirrorPeer {
+    match MIRROR.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
+        // volatile, so that it is read once.
+        Some(peer) => unsafe { core::ptr::read_volatile(peer) },
+        None => MirrorPeer::NOBODY,
+    }
+}
+
+/// Counts what became of a copy; gives this CPU's count.
+#[inline(always)]
+pub fn count_mirror(verdict: MirrorVerdict) -> u64 {
+    count(&MIRROR_COUNTERS, verdict as u32)
+}
+
 /// Counts a verdict of the XDP program; gives this CPU's count.
 #[inline(always)]
 pub fn count_xdp(verdict: XdpVerdict) -> u64 {
@@ -89,7 +148,8 @@ pub fn count_gate(verdict: GateVerdict) -> u64 {
 #[inline(always)]
 fn count(counters: &PerCpuArray<u64>, index: u32) -> u64 {
     match counters.get_ptr_mut(index) {
-        // SAFETY: the slot is this CPU's alone and programs of one hook do not interrupt each other.
+        // SAFETY: the slot is this CPU's alone, and programs do not interrupt each other: both hooks of
+        // TC and XDP run with bottom halves off.
         Some(counter) => unsafe {
             *counter += 1;
             *counter

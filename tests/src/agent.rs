@@ -33,6 +33,27 @@ pub mod port {
     pub const CHARGEN: u16 = 19;
 }
 
+/// How the agents get the VIP's frames to the standby.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tap {
+    /// The LAN does.
+    Lan,
+    /// The active copies them.
+    Mirror,
+    /// The active copies them by this interface.
+    MirrorOver(&'static str),
+}
+
+impl Tap {
+    fn yaml(self) -> String {
+        match self {
+            Tap::Lan => "tap: lan\n".into(),
+            Tap::Mirror => "tap: mirror\n".into(),
+            Tap::MirrorOver(interface) => format!("tap: mirror\nsync_interface: {interface}\n"),
+        }
+    }
+}
+
 /// What the agents of a lab are told. The same for both nodes.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -40,6 +61,8 @@ pub struct Settings {
     pub cluster: String,
     /// Cluster key, 32 bytes or more.
     pub key: String,
+    /// How the standby gets the VIP's frames.
+    pub tap: Tap,
     /// Heartbeat interval as the config writes it.
     pub interval: String,
     /// Intervals without heartbeat until takeover.
@@ -55,6 +78,7 @@ impl Default for Settings {
         Self {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
+            tap: Tap::Lan,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
             startup_grace: format!("{}s", slowness()),
@@ -77,6 +101,7 @@ impl Settings {
         let Self {
             cluster,
             key,
+            tap,
             interval,
             missed,
             startup_grace,
@@ -88,13 +113,14 @@ impl Settings {
              virtual_ip: {VIP}/24\n\
              nodes: [{}]\n\
              key: {key:?}\n\
-             tap: lan\n\
+             {}\
              protect: async\n\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
              services:\n",
-            nodes.join(", ")
+            nodes.join(", "),
+            tap.yaml(),
         );
         for (handler, number) in [
             ("echo", port::ECHO),

@@ -16,7 +16,7 @@ mod at {
     pub const NODE: usize = TRAILER + 16;
     pub const EPOCH: usize = TRAILER + 24;
     pub const SEQUENCE: usize = TRAILER + 40;
-    pub const MAC: usize = TRAILER + 72;
+    pub const MAC: usize = super::FRAME_LEN - super::MAC_LEN;
 }
 
 /// Whether a frame looks like a heartbeat of this host.

@@ -11,7 +11,7 @@ use tests::client::{
     begin_connect, chargen_exactly, connect, echo_exactly, expect_end, tcp_sockets, tcp_state,
 };
 use tests::patience::wait_until;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, VIP};
+use tests::{Capture, Death, Host, Lab, Pair, Settings, VIP, Wiring, on_each_wiring};
 
 const IDLE: usize = 40;
 const TRANSFERS: usize = 60;
@@ -46,10 +46,13 @@ fn without_syn_acks<T>(lab: &Lab, body: impl FnOnce() -> T) -> T {
     result
 }
 
-#[test]
-fn two_hundred_connections_in_all_states_survive_a_kill() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+on_each_wiring! { [lan: Lan, mirror: Mirror] {
+    two_hundred_connections_in_all_states_survive_a_kill => two_hundred_connections_survive;
+}}
+
+fn two_hundred_connections_survive(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
 
     let idle = connections(&lab, IDLE, port::ECHO);

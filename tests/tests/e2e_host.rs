@@ -9,18 +9,22 @@ use tests::forge::malformed;
 use tests::netns::Namespace;
 use tests::patience::wait_until;
 use tests::wire::Wire;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
+use tests::{
+    Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP, Wiring, on_each_wiring,
+};
 
 /// Everything about the host's network that the agent might touch.
 fn configuration(host: &Namespace) -> String {
     [
         "ip -o addr show",
-        "ip -o -d link show eth0",
+        "ip -o -d link show",
         "ip -o rule show",
         "ip -o route show table all",
         "tc qdisc show",
         "tc filter show dev eth0 egress",
         "tc filter show dev eth0 ingress",
+        "tc filter show dev eth1 egress",
+        "tc filter show dev eth1 ingress",
         "grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv4/neigh",
     ]
     .map(|line| {
@@ -31,12 +35,16 @@ fn configuration(host: &Namespace) -> String {
     .join("")
 }
 
-#[test]
-fn sigterm_leaves_the_host_as_it_was_found() {
-    let lab = Lab::new();
+on_each_wiring! { [lan: Lan, mirror_over_a_sync_link: MirrorOverSyncLink] {
+    sigterm_leaves_the_host_as_it_was_found => sigterm_leaves_nothing;
+    cleanup_after_kill_9_leaves_the_host_as_it_was_found => cleanup_leaves_nothing;
+}}
+
+fn sigterm_leaves_nothing(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     assert_ne!(
         configuration(node),
@@ -59,12 +67,11 @@ fn an_address_that_the_operator_configured_stays_after_sigterm() {
     assert_eq!(configuration(node), before);
 }
 
-#[test]
-fn cleanup_after_kill_9_leaves_the_host_as_it_was_found() {
-    let lab = Lab::new();
+fn cleanup_leaves_nothing(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     agent.kill9();
     agent.await_exit();

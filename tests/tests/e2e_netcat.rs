@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
 use tests::agent::port;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, Trace, Typist, VIP};
+use tests::{
+    Capture, Death, Host, Lab, Pair, Settings, Trace, Typist, VIP, Wiring, on_each_wiring,
+};
 
 /// What must hold of the wire whenever node a has died.
 #[track_caller]
@@ -18,9 +20,9 @@ fn assert_clean_handover(trace: &Trace) {
     }
 }
 
-fn tcp_echo_survives(death: Death) {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn tcp_echo_survives(wiring: Wiring, death: Death) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("typed before");
@@ -34,24 +36,9 @@ fn tcp_echo_survives(death: Death) {
     assert_clean_handover(&capture.stop());
 }
 
-#[test]
-fn echo_survives_kill_of_the_primary() {
-    tcp_echo_survives(Death::Kill9);
-}
-
-#[test]
-fn echo_survives_sigstop_of_the_primary() {
-    tcp_echo_survives(Death::Stop);
-}
-
-#[test]
-fn echo_survives_link_cut_of_the_primary() {
-    tcp_echo_survives(Death::LinkCut);
-}
-
-fn udp_echo_goes_on(death: Death) {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn udp_echo_goes_on(wiring: Wiring, death: Death) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
     let mut nc = Typist::udp(&lab, port::ECHO);
     nc.echoes_in_the_end("typed before");
@@ -62,20 +49,18 @@ fn udp_echo_goes_on(death: Death) {
     assert_clean_handover(&capture.stop());
 }
 
-#[test]
-fn udp_echo_goes_on_after_kill_of_the_primary() {
-    udp_echo_goes_on(Death::Kill9);
-}
+on_each_wiring! { [lan: Lan, mirror: Mirror] {
+    echo_survives_kill_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Kill9);
+    echo_survives_sigstop_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Stop);
+    echo_survives_link_cut_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::LinkCut);
+    udp_echo_goes_on_after_kill_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::Kill9);
+    udp_echo_goes_on_after_sigstop_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::Stop);
+    udp_echo_goes_on_after_link_cut_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::LinkCut);
+}}
 
-#[test]
-fn udp_echo_goes_on_after_sigstop_of_the_primary() {
-    udp_echo_goes_on(Death::Stop);
-}
-
-#[test]
-fn udp_echo_goes_on_after_link_cut_of_the_primary() {
-    udp_echo_goes_on(Death::LinkCut);
-}
+on_each_wiring! { [mirror_offloaded: MirrorOffloaded, mirror_over_a_sync_link: MirrorOverSyncLink] {
+    echo_survives_kill_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Kill9);
+}}
 
 #[test]
 fn new_connections_after_the_takeover_go_to_the_survivor() {

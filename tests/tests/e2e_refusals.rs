@@ -7,7 +7,7 @@ use std::process::Output;
 
 use tests::agent::{binary, run_agent};
 use tests::netns::Namespace;
-use tests::{Host, Lab, Settings};
+use tests::{Host, Lab, LabOptions, Settings};
 
 /// Runs the agent on node a with the lab's config after `change`.
 fn refused(lab: &Lab, arguments: &[&str], change: impl Fn(String) -> String) -> (i32, String) {
@@ -28,6 +28,32 @@ fn outcome(output: &Output) -> (i32, String) {
 fn check_accepts_the_labs_config() {
     let (code, said) = refused(&Lab::new(), &["check"], |yaml| yaml);
     assert_eq!(code, 0, "{said}");
+}
+
+#[test]
+fn check_accepts_a_mirror_with_all_that_belongs_to_it() {
+    let mirror = "tap: mirror\nsync_interface: eth1\nmirror_egress: handshake";
+    let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
+        yaml.replace("tap: lan", mirror)
+    });
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("mirror over eth1"), "{said}");
+}
+
+#[test]
+fn a_sync_interface_that_would_cut_copies_is_refused() {
+    let lab = Lab::with(&LabOptions {
+        sync_link: true,
+        ..LabOptions::default()
+    });
+    lab.host(Host::A).sh("ip link set eth1 mtu 1400").unwrap();
+    let (code, said) = refused(&lab, &[], |yaml| {
+        yaml.replace("tap: lan", "tap: mirror\nsync_interface: eth1")
+    });
+    assert_eq!(code, 2, "{said}");
+    for part in ["eth1", "1400", "1500"] {
+        assert!(said.contains(part), "no {part} in: {said}");
+    }
 }
 
 #[test]
@@ -71,8 +97,13 @@ fn check_names_line_and_field_of_every_bad_config() {
         ),
         (
             "tap: lan",
-            "tap: mirror",
-            &["refused.yaml:6:", "tap", "not supported yet"],
+            "tap: mirror\nmirror_egress: headers",
+            &["refused.yaml:7:", "mirror_egress", "not supported yet"],
+        ),
+        (
+            "tap: lan",
+            "tap: mirror\nsync_interface: eth0",
+            &["refused.yaml:7:", "sync_interface", "eth0"],
         ),
         (
             "protect: async",
@@ -130,7 +161,7 @@ fn check_names_line_and_field_of_every_bad_config() {
 fn all_errors_of_a_file_come_in_one_run() {
     let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
         yaml.replace("missed: 5", "missed: 1")
-            .replace("tap: lan", "tap: mirror")
+            .replace("tap: lan", "tap: hub")
             .replace("tcp/7", "tcp/0")
     });
     assert_eq!(code, 2, "{said}");

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
-use rfsis_common::maps::{FlowKey, NodeState, PRESENT, names};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use super::error::BpfError;
@@ -65,7 +66,14 @@ macro_rules! opaque_debug {
         })+
     };
 }
-opaque_debug!(StateWriter, LiveFlows, Approvals, LostFlows, Counters);
+opaque_debug!(
+    StateWriter,
+    MirrorWriter,
+    LiveFlows,
+    Approvals,
+    LostFlows,
+    Counters
+);
 
 /// Writes the node's state and lease.
 #[derive(Clone)]
@@ -93,6 +101,26 @@ impl StateWriter {
     pub fn read(&self) -> Result<NodeState, BpfError> {
         let result = self.0.lock().get(&0, 0);
         result.map_err(|error| failed("reading", names::STATE, &error))
+    }
+}
+
+/// Writes to whom the active copies the VIP's frames.
+#[derive(Clone)]
+pub struct MirrorWriter(Shared<Array<MapData, MirrorPeer>>);
+
+impl MirrorWriter {
+    pub(super) fn new(map: Map) -> Result<Self, BpfError> {
+        let map = Array::try_from(map).map_err(|error| failed("opening", names::MIRROR, &error))?;
+        Ok(Self(Shared::new(map)))
+    }
+
+    /// Makes the programs copy to this peer from the next frame on: one system call, nothing allocated.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn write(&self, peer: MirrorPeer) -> Result<(), BpfError> {
+        let result = self.0.lock().set(0, peer, 0);
+        result.map_err(|error| failed("writing", names::MIRROR, &error))
     }
 }
 
@@ -235,22 +263,35 @@ impl GateCounters {
     }
 }
 
+/// Frames of the VIP by what became of their copies, all CPUs together, since the programs were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MirrorCounters([u64; MirrorVerdict::ALL.len()]);
+
+impl MirrorCounters {
+    /// Frames with this verdict.
+    pub fn get(&self, verdict: MirrorVerdict) -> u64 {
+        self.0[verdict as usize]
+    }
+}
+
 /// Reads the verdict counters.
 #[derive(Clone)]
 pub struct Counters {
     xdp: Arc<PerCpuArray<MapData, u64>>,
     gate: Arc<PerCpuArray<MapData, u64>>,
+    mirror: Arc<PerCpuArray<MapData, u64>>,
 }
 
 impl Counters {
-    pub(super) fn new(xdp: Map, gate: Map) -> Result<Self, BpfError> {
-        let xdp = PerCpuArray::try_from(xdp)
-            .map_err(|error| failed("opening", names::XDP_COUNTERS, &error))?;
-        let gate = PerCpuArray::try_from(gate)
-            .map_err(|error| failed("opening", names::GATE_COUNTERS, &error))?;
+    pub(super) fn new(xdp: Map, gate: Map, mirror: Map) -> Result<Self, BpfError> {
+        let open = |name, map| match PerCpuArray::try_from(map) {
+            Ok(counters) => Ok(Arc::new(counters)),
+            Err(error) => Err(failed("opening", name, &error)),
+        };
         Ok(Self {
-            xdp: Arc::new(xdp),
-            gate: Arc::new(gate),
+            xdp: open(names::XDP_COUNTERS, xdp)?,
+            gate: open(names::GATE_COUNTERS, gate)?,
+            mirror: open(names::MIRROR_COUNTERS, mirror)?,
         })
     }
 
@@ -272,6 +313,16 @@ impl Counters {
         sums(&self.gate)
             .map(GateCounters)
             .map_err(|error| failed("reading", names::GATE_COUNTERS, &error))
+    }
+
+    /// Counts of the copies for the standby.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses a system call.
+    pub fn mirror(&self) -> Result<MirrorCounters, BpfError> {
+        sums(&self.mirror)
+            .map(MirrorCounters)
+            .map_err(|error| failed("reading", names::MIRROR_COUNTERS, &error))
     }
 }
 

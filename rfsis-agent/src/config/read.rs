@@ -9,11 +9,14 @@ use std::time::Duration;
 use super::fields::{self, KeyFileError, MIN_KEY_BYTES};
 use super::yaml::{self, Entry, Node, Value};
 use super::{
-    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, Protocol, Service, ShadowConfig,
+    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protocol,
+    Service, ShadowConfig, Tap,
 };
 use crate::handler::HandlerKind;
+use rfsis_common::mirror::MirrorEgress;
 
 const DEFAULT_STARTUP_GRACE: Duration = Duration::from_secs(3);
+const INTERFACE_EXPECTED: &str = "an interface name of 1 to 15 characters like eth0";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Reads the whole file. `None` from a reader method always comes with an error noted.
@@ -206,6 +209,8 @@ impl<'a> Reader<'a> {
                 "key",
                 "key_file",
                 "tap",
+                "sync_interface",
+                "mirror_egress",
                 "protect",
                 "heartbeat",
                 "services",
@@ -218,12 +223,7 @@ impl<'a> Reader<'a> {
             let fits = (1..=64).contains(&text.chars().count());
             (fits && !text.chars().any(char::is_control)).then(|| text.to_owned())
         });
-        let interface = self.required(
-            &root,
-            "interface",
-            "an interface name of 1 to 15 characters like eth0",
-            |text| fields::is_interface_name(text).then(|| text.to_owned()),
-        );
+        let interface = self.required(&root, "interface", INTERFACE_EXPECTED, fields::interface);
         let virtual_ip = self.required(
             &root,
             "virtual_ip",
@@ -232,7 +232,7 @@ impl<'a> Reader<'a> {
         );
         let nodes = self.nodes(&root, virtual_ip);
         let key = self.key(&root);
-        self.choice(&root, "tap", "lan", "mirror");
+        let tap = self.tap(&root, interface.as_deref());
         self.choice(&root, "protect", "async", "sync");
         let heartbeat = self.heartbeat(&root);
         let services = self.services(&root);
@@ -254,11 +254,59 @@ impl<'a> Reader<'a> {
             prefix_len,
             nodes: nodes?,
             key: key?,
+            tap: tap?,
             heartbeat: heartbeat?,
             services: services?,
             shadow: shadow?,
             metrics: metrics?,
             control: control?,
+        })
+    }
+
+    /// The tap with what belongs to it. `interface` is the one that carries the VIP.
+    fn tap(&mut self, root: &Section<'a>, interface: Option<&str>) -> Option<Tap> {
+        let mirrors = self.optional(root, "tap", false, "lan or mirror", |text| match text {
+            "lan" => Some(false),
+            "mirror" => Some(true),
+            _ => None,
+        })?;
+        if !mirrors {
+            for key in ["sync_interface", "mirror_egress"] {
+                if let Some(field) = root.get(key) {
+                    self.mismatch(&field, "this key only beside tap: mirror");
+                }
+            }
+            return Some(Tap::Lan);
+        }
+        let sync_interface = match root.get("sync_interface") {
+            None => None,
+            Some(field) => {
+                let name = self.value(&field, INTERFACE_EXPECTED, fields::interface)?;
+                if Some(&*name) == interface {
+                    self.mismatch(&field, "another interface than the one with the virtual IP");
+                    return None;
+                }
+                Some(name)
+            }
+        };
+        Some(Tap::Mirror(MirrorConfig {
+            sync_interface,
+            egress: self.mirror_egress(root)?,
+        }))
+    }
+
+    fn mirror_egress(&mut self, root: &Section<'a>) -> Option<MirrorEgress> {
+        let words = MirrorEgress::ALL.map(MirrorEgress::as_str).join(" or ");
+        if let Some(field) = root.get("mirror_egress")
+            && matches!(&field.node.value, Value::Scalar(text) if text == "headers")
+        {
+            self.unsupported(&field, words);
+            return None;
+        }
+        self.optional(root, "mirror_egress", MirrorEgress::Full, &words, |text| {
+            MirrorEgress::ALL
+                .into_iter()
+                .find(|egress| egress.as_str() == text)
         })
     }
 

@@ -59,7 +59,7 @@ fn the_shipped_config_is_the_demo() {
     assert_eq!(
         config.to_string(),
         "cluster demo, virtual IP 192.168.1.100/24 on eth0, nodes 192.168.1.1 and 192.168.1.2, \
-         takeover after 30ms, 8 services"
+         tap lan, takeover after 30ms, 8 services"
     );
     assert_eq!(config.heartbeat.lease, Duration::from_millis(25));
     assert_eq!(config.heartbeat.startup_grace, Duration::from_secs(3));
@@ -158,6 +158,27 @@ fn what_is_given_is_taken() {
 }
 
 #[test]
+fn a_mirror_copies_everything_over_the_interface_of_the_vip_unless_told_otherwise() {
+    assert_eq!(read(GOOD).unwrap().tap, Tap::Lan);
+    let config = read(&with("", "tap: mirror")).unwrap();
+    let mirror = |sync_interface, egress| {
+        Tap::Mirror(MirrorConfig {
+            sync_interface,
+            egress,
+        })
+    };
+    assert_eq!(config.tap, mirror(None, MirrorEgress::Full));
+    assert_eq!(config.interfaces().collect::<Vec<_>>(), ["eth0"]);
+    let text = "tap: mirror\nsync_interface: eth1\nmirror_egress: handshake";
+    let config = read(&with("", text)).unwrap();
+    assert_eq!(
+        config.tap,
+        mirror(Some("eth1".into()), MirrorEgress::Handshake)
+    );
+    assert_eq!(config.interfaces().collect::<Vec<_>>(), ["eth0", "eth1"]);
+}
+
+#[test]
 fn every_mistake_is_named_with_its_line() {
     let service = |rest: &str| format!("  - {{ {rest} }}");
     let kinds = "one of echo, discard, chargen, daytime";
@@ -174,7 +195,7 @@ fn every_mistake_is_named_with_its_line() {
             "1: cluster: found nothing, expected a name of 1 to 64 characters".into(),
         ]),
         ("", "colour: red", vec![
-            "9: colour: found an unknown key, expected one of cluster, interface, virtual_ip, nodes, key, key_file, tap, protect, heartbeat, services, shadow, metrics, control".into(),
+            "9: colour: found an unknown key, expected one of cluster, interface, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, heartbeat, services, shadow, metrics, control".into(),
         ]),
         ("", "interface: eth1", vec!["9: interface: found the key a second time, after line 2, expected it once".into()]),
         ("heartbeat", "heartbeat: { interval: 10ms, missed: 3, leese: 20ms }", vec![
@@ -206,7 +227,12 @@ fn every_mistake_is_named_with_its_line() {
         ("key", "key_file: /nonexistent", vec!["5: key_file: found /nonexistent: No such file or directory (os error 2), expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
         ("key", "key_file: /dev/null", vec!["5: key_file: found /dev/null: not a regular file, expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
         // Planned.
-        ("", "tap: mirror", vec!["9: tap: found \"mirror\", which is not supported yet, expected \"lan\"".into()]),
+        ("", "tap: mirror\nmirror_egress: headers", vec!["10: mirror_egress: found \"headers\", which is not supported yet, expected handshake or full".into()]),
+        ("", "tap: mirror\nmirror_egress: none", vec!["10: mirror_egress: found \"none\", expected handshake or full".into()]),
+        ("", "tap: mirror\nsync_interface: eth0", vec!["10: sync_interface: found \"eth0\", expected another interface than the one with the virtual IP".into()]),
+        ("", "tap: mirror\nsync_interface: a/b", vec!["10: sync_interface: found \"a/b\", expected an interface name of 1 to 15 characters like eth0".into()]),
+        ("", "sync_interface: eth1", vec!["9: sync_interface: found \"eth1\", expected this key only beside tap: mirror".into()]),
+        ("", "tap: lan\nmirror_egress: full", vec!["10: mirror_egress: found \"full\", expected this key only beside tap: mirror".into()]),
         ("", "protect: sync", vec!["9: protect: found \"sync\", which is not supported yet, expected \"async\"".into()]),
         ("", "tap: hub", vec!["9: tap: found \"hub\", expected lan or mirror".into()]),
         // Heartbeat.

@@ -51,6 +51,8 @@ pub struct Heartbeat {
     pub node: Ipv4Addr,
     /// Hardware address of the sender.
     pub mac: MacAddr,
+    /// Hardware address of the sender's tap: it sends and takes copies of the VIP's frames.
+    pub tap_mac: MacAddr,
     /// Epoch of the sender.
     pub epoch: u64,
     /// Random at each start of the sender's agent, not 0.
@@ -179,6 +181,8 @@ impl Codec {
         ] {
             writer.put(&number.to_be_bytes());
         }
+        writer.put(&heartbeat.tap_mac);
+        writer.put(&[0; 2]);
 
         let mut mac = self.keyed.clone();
         mac.update(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
@@ -246,7 +250,13 @@ impl Codec {
                 (0, _) => return Err(malformed("echo")),
                 (session, sequence) => Some(Echo { session, sequence }),
             },
+            tap_mac: reader.take(),
         };
+        reader.expect("reserved bytes", &[0; 2])?;
+        // A group address (IEEE 802) cannot be a sender.
+        if heartbeat.tap_mac == MacAddr::default() || heartbeat.tap_mac[0] & 1 != 0 {
+            return Err(malformed("tap hardware address"));
+        }
         if heartbeat.session == 0 {
             return Err(malformed("session"));
         }
@@ -348,17 +358,28 @@ mod tests {
 
     fn heartbeats() -> impl Strategy<Value = Heartbeat> {
         (
-            (0u8..4, any::<bool>(), any::<u32>(), any::<MacAddr>()),
+            (
+                0u8..4,
+                any::<bool>(),
+                any::<u32>(),
+                any::<MacAddr>(),
+                hosts(),
+            ),
             (any::<u64>(), 1u64.., 1u64.., any::<u64>()),
             proptest::option::of((1u64.., any::<u64>())),
         )
             .prop_map(
-                |((state, primary, node, mac), (epoch, session, sequence, sent_ns), echo)| {
+                |(
+                    (state, primary, node, mac, tap_mac),
+                    (epoch, session, sequence, sent_ns),
+                    echo,
+                )| {
                     Heartbeat {
                         state: State::from_u8(state).unwrap(),
                         role: if primary { Role::Primary } else { Role::Backup },
                         node: Ipv4Addr::from(node),
                         mac,
+                        tap_mac,
                         epoch,
                         session,
                         sequence,
@@ -367,6 +388,11 @@ mod tests {
                     }
                 },
             )
+    }
+
+    /// Addresses of single hosts (IEEE 802).
+    fn hosts() -> impl Strategy<Value = MacAddr> {
+        any::<MacAddr>().prop_filter("a host", |mac| *mac != [0; 6] && mac[0] & 1 == 0)
     }
 
     fn destinations() -> impl Strategy<Value = Option<MacAddr>> {
@@ -438,6 +464,7 @@ mod tests {
             role: Role::Primary,
             node: Ipv4Addr::new(10, 0, 0, 1),
             mac: [2, 0, 0, 0, 0, 1],
+            tap_mac: [2, 0, 0, 0, 1, 1],
             epoch: 7,
             session: 1,
             sequence: 1,
@@ -463,7 +490,7 @@ mod tests {
         newer[TRAILER + 4] = VERSION + 1;
         assert_eq!(
             codec().parse(&newer),
-            Err(HeartbeatError::UnknownVersion { found: 2 })
+            Err(HeartbeatError::UnknownVersion { found: VERSION + 1 })
         );
     }
 
@@ -479,6 +506,7 @@ mod tests {
             (TRAILER + 7, "reserved byte"),
             (TRAILER + 20, "reserved bytes"),
             (TRAILER + 64, "echo"),
+            (TRAILER + 78, "reserved bytes"),
         ] {
             let mut frame = codec().emit(&sample(), None, PEER);
             frame[offset] ^= 0x10;
@@ -487,6 +515,26 @@ mod tests {
                 codec().parse(&frame),
                 Err(HeartbeatError::Malformed { field }),
                 "offset {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_tap_that_is_no_host_is_refused() {
+        for tap_mac in [[0; 6], BROADCAST, [3, 0, 0, 0, 0, 1]] {
+            let frame = codec().emit(
+                &Heartbeat {
+                    tap_mac,
+                    ..sample()
+                },
+                None,
+                PEER,
+            );
+            let field = "tap hardware address";
+            assert_eq!(
+                codec().parse(&frame),
+                Err(HeartbeatError::Malformed { field }),
+                "{tap_mac:?}"
             );
         }
     }

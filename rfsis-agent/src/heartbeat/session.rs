@@ -271,6 +271,7 @@ mod tests {
             role: Role::Primary,
             node: from.node,
             mac: [2; 6],
+            tap_mac: [2; 6],
             epoch: 1,
             session,
             sequence,

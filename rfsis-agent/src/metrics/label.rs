@@ -1,6 +1,7 @@
 //! Labels with a fixed set of values.
 
 use rfsis_common::maps::State;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use crate::bpf::XdpMode;
@@ -114,7 +115,8 @@ label! {
         Malformed = "malformed",
         /// Not TCP.
         NotTcp = "not_tcp",
-        /// From the VIP, but not from the active node.
+        /// Not from the active node: with tap `mirror` the standby takes only its copies, with `lan`
+        /// nobody else may speak for the VIP.
         Foreign = "foreign",
         /// Of a flow that has no shadow.
         UnknownFlow = "unknown_flow",
@@ -203,6 +205,16 @@ impl Label for State {
 
 impl Label for XdpVerdict {
     const ALL: &'static [Self] = &XdpVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+impl Label for MirrorVerdict {
+    const ALL: &'static [Self] = &MirrorVerdict::ALL;
     fn index(self) -> usize {
         self as usize
     }

@@ -16,6 +16,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 use rfsis_common::maps::State;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use crate::bpf::XdpMode;
@@ -132,6 +133,8 @@ pub struct Metrics {
     pub ring_dropped: Counters<Ring>,
     /// `rfsis_gate_packets_total{verdict}`, set by the scrape hook.
     pub gate_packets: Counters<GateVerdict>,
+    /// `rfsis_mirror_packets_total{verdict}`, set by the scrape hook.
+    pub mirror_packets: Counters<MirrorVerdict>,
     /// `rfsis_xdp_mode{mode}`, 0 or 1.
     pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
@@ -224,6 +227,11 @@ impl Metrics {
             gate_packets: family.labelled_counters(
                 "rfsis_gate_packets_total",
                 "Packets by verdict of the gate.",
+                "verdict",
+            )?,
+            mirror_packets: family.labelled_counters(
+                "rfsis_mirror_packets_total",
+                "Frames of the VIP by what became of their copies for the standby.",
                 "verdict",
             )?,
             xdp_mode: family.labelled_gauges(

@@ -51,6 +51,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_xdp_packets_total", "counter"),
         ("rfsis_ring_dropped_total", "counter"),
         ("rfsis_gate_packets_total", "counter"),
+        ("rfsis_mirror_packets_total", "counter"),
         ("rfsis_xdp_mode", "gauge"),
         ("rfsis_connections_total", "counter"),
         ("rfsis_accept_errors_total", "counter"),

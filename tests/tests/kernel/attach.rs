@@ -264,6 +264,7 @@ fn load_and_tell() {
         datagram_ports: &[],
         frame_ring_bytes: 4096,
         max_live_flows: 1,
+        mirror: None,
     };
     let error = Programs::load(params).unwrap_err();
     println!("exit {}: {error}", error.exit_code());

@@ -11,9 +11,10 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use nix::time::{ClockId, clock_gettime};
-use rfsis_agent::bpf::{LoadParams, Programs};
+use rfsis_agent::bpf::{LoadParams, MirrorParams, Programs};
 use rfsis_common::maps::{NodeState, State};
 use tests::patience::wait_until;
+use rfsis_common::mirror::MirrorEgress;
 
 use crate::frames::{OWN, SERVICE, VIP};
 
@@ -93,12 +94,38 @@ pub fn load() -> Programs {
 }
 
 pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
+    load_with(frame_ring_bytes, None)
+}
+
+/// Programs that copy for a standby by this interface.
+pub fn load_mirror(interface: &str, egress: MirrorEgress) -> Programs {
+    let (ifindex, mac) = (index_of(interface), mac_of(interface));
+    load_with(
+        1 << 20,
+        Some(MirrorParams {
+            ifindex,
+            mac,
+            egress,
+        }),
+    )
+}
+
+pub fn index_of(interface: &str) -> u32 {
+    nix::net::if_::if_nametoindex(interface).unwrap()
+}
+
+pub fn mac_of(interface: &str) -> [u8; 6] {
+    link_address(interface).addr().unwrap()
+}
+
+fn load_with(frame_ring_bytes: u32, mirror: Option<MirrorParams>) -> Programs {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[SERVICE],
         datagram_ports: &[SERVICE],
         frame_ring_bytes,
         max_live_flows: 16,
+        mirror,
     };
     Programs::load(params).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -117,13 +144,17 @@ pub fn set_state(programs: &Programs, state: State, lease_ns: u64) {
     assert_eq!(writer.read().unwrap(), node);
 }
 
-/// A packet socket on an interface, protocol ETH_P_ALL.
-pub fn packet_socket(interface: &str) -> OwnedFd {
-    let address: LinkAddr = nix::ifaddrs::getifaddrs()
+fn link_address(interface: &str) -> LinkAddr {
+    nix::ifaddrs::getifaddrs()
         .unwrap()
         .filter(|entry| entry.interface_name == interface)
         .find_map(|entry| entry.address?.as_link_addr().copied())
-        .unwrap();
+        .unwrap()
+}
+
+/// A packet socket on an interface, protocol ETH_P_ALL.
+pub fn packet_socket(interface: &str) -> OwnedFd {
+    let address = link_address(interface);
     let fd = socket(
         AddressFamily::Packet,
         SockType::Raw,

@@ -6,5 +6,6 @@
 mod attach;
 mod frames;
 mod host;
+mod mirror;
 mod netif;
 mod verdicts;

@@ -182,7 +182,8 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
                     } else {
                         Direction::ToVip
                     };
-                    assert_eq!(header.direction, direction as u32, "{name}");
+                    assert_eq!(header.direction, direction as u16, "{name}");
+                    assert_eq!(header.state, state as u16, "{name}");
                     let l3_offset = if name.starts_with("priority tag") {
                         18
                     } else {
