@@ -8,6 +8,7 @@
 //! functions.
 #![no_std]
 
+pub mod ack_gate;
 pub mod frame;
 pub mod heartbeat;
 pub mod maps;

@@ -13,8 +13,8 @@ use nix::sys::socket::{
 use nix::time::{ClockId, clock_gettime};
 use rfsis_agent::bpf::{LoadParams, MirrorParams, Programs};
 use rfsis_common::maps::{NodeState, State};
-use tests::patience::wait_until;
 use rfsis_common::mirror::MirrorEgress;
+use tests::patience::wait_until;
 
 use crate::frames::{OWN, SERVICE, VIP};
 
