@@ -79,14 +79,46 @@ pub fn parse(packet: &[u8], direction: Direction) -> Result<(FlowKey, Segment<'_
     if !ip.verify_checksum() {
         return Err(SegmentError::BadChecksum);
     }
+    let tcp = TcpPacket::new_checked(ip.payload()).map_err(|_| SegmentError::Malformed)?;
+    let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+    if !tcp.verify_partial_checksum(&from, &to) && !tcp.verify_checksum(&from, &to) {
+        return Err(SegmentError::BadChecksum);
+    }
+    read(&ip, direction)
+}
+
+/// Parses a packet that this host's kernel sends or has taken, perhaps without its payload and without
+/// a finished checksum.
+pub fn parse_headers(
+    packet: &[u8],
+    direction: Direction,
+) -> Result<(FlowKey, Segment<'_>), SegmentError> {
+    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
+    if ip.next_header() != IpProtocol::Tcp {
+        return Err(SegmentError::NotTcp);
+    }
+    read(&ip, direction)
+}
+
+/// Finishes the checksum of a TCP packet that a network card was to finish.
+pub fn complete_checksum(packet: &mut [u8]) {
+    let Ok(mut ip) = Ipv4Packet::new_checked(packet) else {
+        return;
+    };
+    let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+    if let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) {
+        tcp.fill_checksum(&from, &to);
+    }
+}
+
+fn read<'a>(
+    ip: &Ipv4Packet<&'a [u8]>,
+    direction: Direction,
+) -> Result<(FlowKey, Segment<'a>), SegmentError> {
     let (source, destination) = (ip.src_addr(), ip.dst_addr());
     let tcp = TcpPacket::new_checked(ip.payload()).map_err(|_| SegmentError::Malformed)?;
     if tcp.header_len() < 20 {
         return Err(SegmentError::Malformed);
-    }
-    let (from, to) = (source.into(), destination.into());
-    if !tcp.verify_partial_checksum(&from, &to) && !tcp.verify_checksum(&from, &to) {
-        return Err(SegmentError::BadChecksum);
     }
     let flow = match direction {
         Direction::ToVip => flow_key(source, tcp.src_port(), tcp.dst_port()),

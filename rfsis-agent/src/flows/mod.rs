@@ -33,6 +33,7 @@ use crate::lockstep::later;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
 use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::sync::Record;
 use crate::wire::Wire;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -81,6 +82,8 @@ pub struct FlowsConfig {
     pub idle_timeout: Nanos,
     /// MTU of the interface, bytes.
     pub mtu: usize,
+    /// The active guards flows by its ACK gate: one that it does not guard is not protected.
+    pub guarded: bool,
 }
 
 /// What the flows do to the world.
@@ -163,6 +166,9 @@ pub struct Flows {
     resets: VecDeque<(Nanos, Vec<u8>)>,
     /// Live flows that turned out to lack bytes, and were reset.
     gave_up: u64,
+    /// Flows to be confirmed, and what else the active's ACK gate is to hear.
+    touched: Vec<FlowKey>,
+    tells: Vec<Record>,
     /// The latest time that was passed in: arrivals of several CPUs are not quite in order.
     clock: Nanos,
 }
@@ -195,6 +201,8 @@ impl Flows {
             next_warm: 0,
             resets: VecDeque::new(),
             gave_up: 0,
+            touched: Vec::new(),
+            tells: Vec::new(),
             clock: 0,
             config,
         })
@@ -286,6 +294,7 @@ impl Flows {
                 self.with_shadow(flow, now, fx, |shadow, cx| {
                     shadow.process_client(segment, cx);
                 });
+                self.note_touched(flow);
                 true
             }
             None => false,
@@ -443,6 +452,13 @@ impl Flows {
     }
 
     fn remove(&mut self, flow: FlowKey, fx: &mut impl Effects) {
+        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
+            && shadow.handshake().guarded
+            && !self.live
+        {
+            let client_isn = shadow.handshake().client_isn;
+            self.tells.push(Record::Close { flow, client_isn });
+        }
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
         self.set_timer(flow, None);
@@ -474,6 +490,10 @@ impl Flows {
                     doomed.push((flow, ResetReason::Unprotected, packet));
                 }
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
+                Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
+                    let packet = Some(shadow.reset_packet());
+                    doomed.push((flow, ResetReason::Unprotected, packet));
+                }
                 Flow::Shadow(shadow) => match shadow.fate() {
                     Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
                     Ok(()) => {
@@ -518,6 +538,8 @@ impl Flows {
         self.timer_of.clear();
         self.opening_order.clear();
         self.resets.clear();
+        self.touched.clear();
+        self.tells.clear();
         self.bytes = 0;
         let openings = std::mem::take(&mut self.openings);
         let flows = std::mem::take(&mut self.flows);
@@ -635,6 +657,9 @@ impl Flows {
             match entry {
                 Flow::Unprotected { .. } => census.unprotected += 1,
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
+                Flow::Shadow(shadow) if !self.live && is_exposed(&self.config, shadow) => {
+                    census.unprotected += 1;
+                }
                 Flow::Shadow(shadow) => {
                     census.lag_bytes += u64::from(shadow.lag());
                     *match shadow.condition() {
@@ -650,4 +675,9 @@ impl Flows {
         }
         census
     }
+}
+
+/// The active does not guard this flow, so it may have told the client of bytes that the shadow lacks.
+fn is_exposed(config: &FlowsConfig, shadow: &Shadow) -> bool {
+    config.guarded && !shadow.handshake().guarded
 }

@@ -72,9 +72,7 @@ impl Shadow {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
-        if self.live
-            && (self.ahead.is_some() || self.disbelieved >= DISBELIEF || self.hole_stays(cx.now))
-        {
+        if self.live && (self.ahead_stays(cx.now) || self.hole_stays(cx.now)) {
             self.give_up(cx);
         }
     }
@@ -89,6 +87,20 @@ impl Shadow {
         };
         self.hole
             .is_some_and(|(_, since)| now.saturating_sub(since) > HOLE_PATIENCE)
+    }
+
+    /// The client has bytes that the handler did not write, because it lacks what the client had sent
+    /// before. Of a guarded flow the client sends it again.
+    fn ahead_stays(&mut self, now: Nanos) -> bool {
+        let ahead = self.ahead.is_some() || self.disbelieved >= DISBELIEF;
+        self.ahead_since = ahead.then(|| self.ahead_since.unwrap_or(now));
+        let patience = if self.handshake.guarded {
+            HOLE_PATIENCE
+        } else {
+            0
+        };
+        self.ahead_since
+            .is_some_and(|since| now.saturating_sub(since) >= patience)
     }
 
     /// The client has bytes that this shadow cannot write, or sends bytes behind some that it lacks:
@@ -115,6 +127,10 @@ impl Shadow {
     /// The acknowledgement to deliver with this segment, or `None` if the segment is worthless.
     fn take_ack(&mut self, segment: &Segment<'_>, ack: u32) -> Option<u32> {
         let clamped = clamp_ack(ack, self.una, self.max());
+        if self.handshake.guarded && !self.live {
+            // The active copies no acknowledgement of what it did not send.
+            self.active_next = later(self.active_next, ack);
+        }
         if clamped
             .ahead
             .is_some_and(|ahead| before(self.active_next, ahead))

@@ -31,7 +31,11 @@ impl Shadow {
             Err(ResetReason::Lagging)
         } else if matches!(self.source, Source::Active { complete: false }) && !self.is_pristine() {
             Err(ResetReason::Unpredictable)
-        } else if self.lag() > 0 || self.lost_since.is_some() || self.ahead.is_some() {
+        } else if self.lag() > 0
+            || self.has_lost()
+            || (self.ahead.is_some() && !self.handshake.guarded)
+        {
+            // A guarded flow lacks only what its client will send again.
             Err(ResetReason::Lagging)
         } else {
             Ok(())
