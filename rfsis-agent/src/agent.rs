@@ -349,6 +349,7 @@ fn start_engine(
         max_bytes: config.shadow.max_bytes,
         idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
         mtu: netif.mtu as usize,
+        guarded: false,
     })
     .map_err(anyhow::Error::from)?;
     let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;

@@ -156,6 +156,8 @@ pub struct Guard {
     next_tick: Nanos,
     next_sweep: Nanos,
     ping: bool,
+    /// When the first ping was sent that is not answered yet.
+    pinged_at: Nanos,
     syns: HashMap<FlowKey, Syn>,
     syn_order: VecDeque<(FlowKey, u32)>,
     flows: HashMap<FlowKey, Flow>,
@@ -181,6 +183,7 @@ impl Guard {
             next_tick: 0,
             next_sweep: 0,
             ping: false,
+            pinged_at: 0,
             syns: HashMap::new(),
             syn_order: VecDeque::new(),
             flows: HashMap::new(),
@@ -208,6 +211,12 @@ impl Guard {
         self.set_guarding(false, fx);
         self.forget_all(fx);
         self.records.clear();
+    }
+
+    /// Whether every byte of which this flow's client is told is on the standby.
+    pub fn guards(&self, flow: FlowKey) -> bool {
+        let phase = self.flows.get(&flow).map(|flow| &flow.phase);
+        self.guarding && matches!(phase, Some(Phase::Guarded))
     }
 
     /// Whether the gate holds what the standby has not confirmed.
@@ -500,8 +509,14 @@ impl Guard {
             return;
         }
         if now >= self.next_tick {
-            self.next_tick = now + (self.config.timeout / 4).clamp(MS / 2, 100 * MS);
+            // A ping or its answer may be lost: until one comes back they follow each other closely.
+            let answered = self.heard_at.is_some_and(|at| at >= self.pinged_at);
+            let share = if answered { 4 } else { 16 };
+            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
             self.ping = true;
+            if answered || self.pinged_at == 0 {
+                self.pinged_at = now;
+            }
             self.ask(fx);
         }
         let silent = self
@@ -639,11 +654,7 @@ impl Guard {
             return;
         };
         if let Some(sent) = fx.sent(flow.slot)
-            && let Some(due) = release(
-                &sent,
-                Confirmation::new(sent.ack, sent.edge),
-                flow.shift.into(),
-            )
+            && let Some(due) = release(&sent, sent.everything(), flow.shift.into())
         {
             fx.send(&acknowledgement(self.config.vip, key, &due, [None; 3]));
         }

@@ -189,8 +189,16 @@ impl Shadow {
 
     /// The sequence number of an ACK: behind all that was sent, but inside the client's window, which a
     /// window probe is not (Linux `tcp_acceptable_seq`).
+    ///
+    /// What the active sent is not all known here where the tap does not show it; the client says what it
+    /// has got, and ignores every ACK from before that.
     pub(super) fn acceptable_seq(&self) -> u32 {
         let next = later(self.active_next, self.sent_next);
+        let got = self
+            .claimed
+            .or(self.ahead)
+            .filter(|_| self.handshake.guarded);
+        let next = later(next, got.unwrap_or(next));
         if before(self.client_edge, next) {
             self.client_edge
         } else {

@@ -58,7 +58,8 @@ impl GuardEffects for Maps {
             && !segment.syn
         {
             let sent = &mut self.sent[guarded.slot as usize];
-            note_release(&outgoing(&segment), sent, guarded.shift, self.now);
+            note_release(&outgoing(&segment), sent, guarded.shift);
+            sent.at_ns = self.now;
         }
         self.released.push(packet.to_vec());
     }
@@ -135,7 +136,8 @@ impl Gate {
         };
         let sent = &mut self.maps.sent[slot];
         let now = self.maps.now;
-        let decision = ack_decide(&outgoing(&segment), sent, confirmation, guarded.shift, now);
+        sent.at_ns = now;
+        let decision = ack_decide(&outgoing(&segment), sent, confirmation, guarded.shift);
         match decision.verdict {
             AckVerdict::Held => {
                 self.verdicts[0] += 1;
@@ -226,7 +228,7 @@ impl Lab {
         let (Some(track), Some(ack)) = (self.world.tracks.get(&flow), segment.ack) else {
             return;
         };
-        if segment.rst || !gate.guard.is_guarding() || !self.strict {
+        if segment.rst || !gate.guard.guards(flow) {
             return;
         }
         let held = track.shown + u64::from(track.fin.is_some_and(|fin| fin <= track.shown));

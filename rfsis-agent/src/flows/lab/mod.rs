@@ -153,8 +153,6 @@ pub struct Lab {
     pub other_mind: Option<HandlerKind>,
     /// With `protect: sync`, until the active dies.
     pub gate: Option<Gate>,
-    /// What the tap shows is at once the standby's.
-    pub strict: bool,
 }
 
 /// [`Direction`], ordered so that it can be in a heap.
@@ -204,7 +202,6 @@ impl Lab {
             told: vec![],
             other_mind: None,
             gate: None,
-            strict: true,
         }
     }
 
