@@ -11,6 +11,7 @@
 
 pub mod agent;
 pub mod announce;
+pub mod auth;
 pub mod bpf;
 pub mod cli;
 pub mod config;
