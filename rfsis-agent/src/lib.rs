@@ -1,8 +1,8 @@
 //! The RFSIS agent as a library. The binary is a thin shell around it.
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
-//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
-//! [`handler`] (what answers a service's bytes).
+//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them), [`sync`]
+//! (what the nodes tell each other about flows), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
@@ -30,6 +30,7 @@ pub mod segment;
 pub mod services;
 pub mod shadow;
 pub mod shared;
+pub mod sync;
 pub mod sys;
 pub mod tail;
 pub mod tap;
