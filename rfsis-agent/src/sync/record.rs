@@ -36,7 +36,7 @@ pub enum Record {
     Open(Open),
     /// Standby to active: what it holds of a flow. Also the answer to [`Record::Open`].
     Confirm(Confirm),
-    /// Standby to active: it will not follow this flow.
+    /// Standby to active: it does not follow this flow, or no longer. Final for the connection.
     Refuse {
         /// The flow.
         flow: FlowKey,
