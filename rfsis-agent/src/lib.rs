@@ -1,8 +1,8 @@
 //! The RFSIS agent as a library. The binary is a thin shell around it.
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
-//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
-//! [`handler`] (what answers a service's bytes).
+//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them), [`sync`]
+//! (what the nodes tell each other about flows), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
@@ -11,6 +11,7 @@
 
 pub mod agent;
 pub mod announce;
+pub mod auth;
 pub mod bpf;
 pub mod cli;
 pub mod config;

@@ -8,11 +8,10 @@ pub mod session;
 
 use std::net::Ipv4Addr;
 
-use hmac::{Hmac, Mac};
 use rfsis_common::heartbeat::{ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC, VERSION};
 use rfsis_common::maps::State;
-use sha2::{Digest, Sha256};
 
+use crate::auth::{ClusterKey, cluster_id};
 use crate::cli::Role;
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock of `bpf_ktime_get_ns`.
@@ -113,32 +112,17 @@ impl HeartbeatError {
 }
 
 /// Writes and reads heartbeats of one cluster.
-///
-/// Holds the HMAC with the key already absorbed: cloning it per frame saves half of the hashing.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Codec {
-    keyed: Hmac<Sha256>,
+    key: ClusterKey,
     cluster_id: [u8; 8],
-}
-
-impl std::fmt::Debug for Codec {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Codec")
-            .field("cluster_id", &u64::from_be_bytes(self.cluster_id))
-            .finish_non_exhaustive()
-    }
 }
 
 impl Codec {
     /// For the cluster of this name and key (any length; 32 bytes or more are secure).
     pub fn new(key: &[u8], cluster: &str) -> Self {
-        // RFC 2104 section 2 takes a key of any length, and so does `Hmac`.
-        let keyed = match Hmac::<Sha256>::new_from_slice(key) {
-            Ok(keyed) => keyed,
-            Err(_) => unreachable!("HMAC takes keys of any length"),
-        };
         Self {
-            keyed,
+            key: ClusterKey::new(key),
             cluster_id: cluster_id(cluster),
         }
     }
@@ -184,9 +168,8 @@ impl Codec {
         writer.put(&heartbeat.tap_mac);
         writer.put(&[0; 2]);
 
-        let mut mac = self.keyed.clone();
-        mac.update(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
-        writer.put(&mac.finalize().into_bytes()[..MAC_LEN]);
+        let mac = self.key.tag(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
+        writer.put(&mac);
         writer.frame
     }
 
@@ -217,10 +200,9 @@ impl Codec {
                 found: u64::from_be_bytes(cluster_id),
             });
         }
-        let mut mac = self.keyed.clone();
-        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
-        mac.verify_truncated_left(&frame[MAC_OFFSET..])
-            .map_err(|_| HeartbeatError::BadMac)?;
+        self.key
+            .authentic(&frame[ETHERNET_LEN..])
+            .ok_or(HeartbeatError::BadMac)?;
 
         // From here on a holder of the key speaks; the checks keep out what no agent writes.
         let malformed = |field| HeartbeatError::Malformed { field };
@@ -265,13 +247,6 @@ impl Codec {
         }
         Ok(heartbeat)
     }
-}
-
-/// First 8 bytes of SHA-256(name).
-fn cluster_id(cluster: &str) -> [u8; 8] {
-    let digest: [u8; 32] = Sha256::digest(cluster.as_bytes()).into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    [a, b, c, d, e, f, g, h]
 }
 
 const fn role_code(role: Role) -> u8 {
@@ -453,9 +428,8 @@ mod tests {
     }
 
     fn sign(frame: &mut [u8; FRAME_LEN]) {
-        let mut mac = codec().keyed;
-        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
-        frame[MAC_OFFSET..].copy_from_slice(&mac.finalize().into_bytes()[..MAC_LEN]);
+        let mac = codec().key.tag(&frame[ETHERNET_LEN..MAC_OFFSET]);
+        frame[MAC_OFFSET..].copy_from_slice(&mac);
     }
 
     fn sample() -> Heartbeat {

@@ -8,6 +8,7 @@ use crate::bpf::XdpMode;
 use crate::heartbeat::HeartbeatError;
 use crate::heartbeat::session::Refusal;
 use crate::segment::SegmentError;
+use crate::sync::SyncError;
 
 /// Values of a label, known when the program is built.
 pub trait Label: Copy + 'static {
@@ -69,6 +70,42 @@ label! {
         Unproven = "unproven",
         /// Found its ring full.
         Lost = "lost",
+    }
+}
+
+label! {
+    /// What became of a sync datagram that was to be sent.
+    SyncSent {
+        /// On the wire.
+        Ok = "ok",
+        /// The system refused.
+        SendFailed = "send_failed",
+    }
+}
+
+label! {
+    /// What a sync datagram that came in was.
+    SyncReceived {
+        /// Authentic and new.
+        Ok = "ok",
+        /// Too short to be one.
+        Truncated = "truncated",
+        /// Contradicts the layout.
+        Malformed = "malformed",
+        /// Of another cluster.
+        WrongCluster = "wrong_cluster",
+        /// Its MAC is wrong.
+        BadMac = "bad_mac",
+        /// Sent by this node itself.
+        OwnId = "own_id",
+        /// Not of the peer.
+        UnknownNode = "unknown_node",
+        /// Between other sessions than the present ones.
+        WrongSession = "wrong_session",
+        /// Of another epoch than this node's.
+        WrongEpoch = "wrong_epoch",
+        /// Seen before, or too old to tell.
+        Stale = "stale",
     }
 }
 
@@ -179,6 +216,22 @@ impl From<Refusal> for HeartbeatReceived {
             Refusal::UnknownNode(_) => Self::UnknownNode,
             Refusal::Stale => Self::Stale,
             Refusal::Unproven => Self::Unproven,
+        }
+    }
+}
+
+impl From<SyncError> for SyncReceived {
+    fn from(error: SyncError) -> Self {
+        match error {
+            SyncError::Truncated { .. } => Self::Truncated,
+            SyncError::Malformed { .. } | SyncError::UnknownVersion { .. } => Self::Malformed,
+            SyncError::WrongCluster { .. } => Self::WrongCluster,
+            SyncError::BadMac => Self::BadMac,
+            SyncError::OwnId => Self::OwnId,
+            SyncError::UnknownNode { .. } => Self::UnknownNode,
+            SyncError::WrongSession => Self::WrongSession,
+            SyncError::WrongEpoch { .. } => Self::WrongEpoch,
+            SyncError::Stale => Self::Stale,
         }
     }
 }

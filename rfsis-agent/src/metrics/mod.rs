@@ -23,7 +23,7 @@ use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
     DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label,
-    ResetReason, Ring,
+    ResetReason, Ring, SyncReceived, SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
@@ -115,6 +115,12 @@ pub struct Metrics {
     pub heartbeats_sent: Counters<HeartbeatSent>,
     /// `rfsis_heartbeats_total{direction="received"}`.
     pub heartbeats_received: Counters<HeartbeatReceived>,
+    /// `rfsis_sync_datagrams_total{direction="sent"}`.
+    pub sync_sent: Counters<SyncSent>,
+    /// `rfsis_sync_datagrams_total{direction="received"}`.
+    pub sync_received: Counters<SyncReceived>,
+    /// `rfsis_sync_records_skipped_total`.
+    pub sync_records_skipped: IntCounter,
     /// `rfsis_flows{condition}`.
     pub flows: Gauges<FlowCondition>,
     /// `rfsis_flows_refused_total`.
@@ -162,6 +168,11 @@ impl Metrics {
             "Heartbeats by direction and result.",
             &["direction", "result"],
         )?;
+        let sync_datagrams = family.counters(
+            "rfsis_sync_datagrams_total",
+            "Datagrams between the nodes by direction and result.",
+            &["direction", "result"],
+        )?;
         Ok(Metrics {
             state: family.labelled_gauges(
                 "rfsis_state",
@@ -191,6 +202,14 @@ impl Metrics {
             heartbeats_received: Counters::new(|result| {
                 heartbeats.with_label_values(&["received", result])
             }),
+            sync_sent: Counters::new(|result| sync_datagrams.with_label_values(&["sent", result])),
+            sync_received: Counters::new(|result| {
+                sync_datagrams.with_label_values(&["received", result])
+            }),
+            sync_records_skipped: family.counter(
+                "rfsis_sync_records_skipped_total",
+                "Records of the peer whose type this version does not know.",
+            )?,
             flows: family.labelled_gauges("rfsis_flows", "Flows by condition.", "condition")?,
             flows_refused: family.counter(
                 "rfsis_flows_refused_total",

@@ -42,6 +42,8 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_takeover_duration_seconds", "histogram"),
         ("rfsis_heartbeat_age_seconds", "gauge"),
         ("rfsis_heartbeats_total", "counter"),
+        ("rfsis_sync_datagrams_total", "counter"),
+        ("rfsis_sync_records_skipped_total", "counter"),
         ("rfsis_flows", "gauge"),
         ("rfsis_flows_refused_total", "counter"),
         ("rfsis_flow_resets_total", "counter"),
@@ -70,6 +72,8 @@ fn every_series_exists_before_anything_happened() {
         "rfsis_state{state=\"fenced\"} 0",
         "rfsis_heartbeats_total{direction=\"sent\",result=\"send_failed\"} 0",
         "rfsis_heartbeats_total{direction=\"received\",result=\"unproven\"} 0",
+        "rfsis_sync_datagrams_total{direction=\"sent\",result=\"ok\"} 0",
+        "rfsis_sync_datagrams_total{direction=\"received\",result=\"wrong_epoch\"} 0",
         "rfsis_flows{condition=\"lockstep\"} 0",
         "rfsis_flow_resets_total{reason=\"unpredictable\"} 0",
         "rfsis_frames_total{result=\"from_active\"} 0",
@@ -93,6 +97,8 @@ fn each_label_counts_for_itself_alone() {
     }
     distinct::<HeartbeatSent>();
     distinct::<HeartbeatReceived>();
+    distinct::<SyncSent>();
+    distinct::<SyncReceived>();
     distinct::<FlowCondition>();
     distinct::<ResetReason>();
     distinct::<FrameResult>();
