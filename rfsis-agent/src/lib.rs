@@ -2,7 +2,7 @@
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
 //! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
-//! [`handler`] (what answers a service's bytes).
+//! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
@@ -15,6 +15,7 @@ pub mod bpf;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod datagrams;
 pub mod engine;
 pub mod flows;
 pub mod handler;
