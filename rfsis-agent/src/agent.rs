@@ -9,6 +9,7 @@
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
 //! not attached.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,8 +28,10 @@ use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpM
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protocol, Tap};
 use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
+use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
+use crate::handler::HandlerKind;
 use crate::heartbeat::Codec;
 use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
@@ -336,15 +339,16 @@ fn start_engine(
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
-    let tcp = |service: &&crate::config::Service| service.protocol == Protocol::Tcp;
+    let services = |protocol| -> HashMap<u16, HandlerKind> {
+        let services = config.services.iter();
+        services
+            .filter(|service| service.protocol == protocol)
+            .map(|service| (service.port, service.handler))
+            .collect()
+    };
     let flows = Flows::new(FlowsConfig {
         vip: config.virtual_ip,
-        services: config
-            .services
-            .iter()
-            .filter(tcp)
-            .map(|service| (service.port, service.handler))
-            .collect(),
+        services: services(Protocol::Tcp),
         max_flows: config.shadow.max_flows,
         max_bytes: config.shadow.max_bytes,
         idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
@@ -353,8 +357,14 @@ fn start_engine(
     })
     .map_err(anyhow::Error::from)?;
     let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;
+    let datagrams = DatagramsConfig {
+        vip: config.virtual_ip,
+        services: services(Protocol::Udp),
+        window: config.udp_replay.as_nanos() as u64,
+    };
     let engine = Engine {
         flows,
+        datagrams: Datagrams::new(datagrams, metrics.datagrams_replayed.clone()),
         effects: KernelEffects {
             socket: RawIpSocket::open(&config.interface)
                 .map_err(|error| lacks_raw(error, "a raw IP socket"))?,

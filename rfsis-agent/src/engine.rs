@@ -1,4 +1,5 @@
-//! The shadow thread: frames from the ring to the [`Flows`], and what live shadows say to the wire.
+//! The shadow thread: frames from the ring to the [`Flows`] and [`Datagrams`], and what live shadows say to
+//! the wire.
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
@@ -13,6 +14,7 @@ use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
 
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
+use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
@@ -144,6 +146,8 @@ pub struct FlowsTookOver {
 pub struct Engine {
     /// The flows.
     pub flows: Flows,
+    /// UDP that waits for its answer.
+    pub datagrams: Datagrams,
     /// What they do.
     pub effects: KernelEffects,
     /// Where mirrored frames come from.
@@ -189,6 +193,7 @@ impl Engine {
                     }
                     Ok(Command::GoStandby) => {
                         self.flows.go_standby(&mut self.effects);
+                        self.datagrams.go_standby();
                         next_census = 0;
                     }
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
@@ -226,12 +231,12 @@ impl Engine {
             };
             let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(
                 |(direction, packet)| {
-                    self.flows.process_frame(
-                        packet,
-                        direction,
-                        header.arrival_ns,
-                        &mut self.effects,
-                    )
+                    let arrival = header.arrival_ns;
+                    if datagrams::is_udp(packet) {
+                        return self.datagrams.process_frame(packet, direction, arrival);
+                    }
+                    self.flows
+                        .process_frame(packet, direction, arrival, &mut self.effects)
                 },
             );
             drop(entry);
@@ -257,6 +262,8 @@ impl Engine {
             report,
             duration: sys::monotonic().saturating_sub(at),
         });
+        self.datagrams
+            .go_live(sys::monotonic(), |packet| self.effects.send(packet));
     }
 
     fn take_held(&mut self) {

@@ -1,8 +1,9 @@
 //! The RFSIS agent as a library. The binary is a thin shell around it.
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
-//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them), [`sync`]
-//! (what the nodes tell each other about flows), [`handler`] (what answers a service's bytes).
+//! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
+//! [`guard`] (which of them the ACK gate guards), [`sync`] (what the nodes tell each other about them),
+//! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
@@ -16,6 +17,7 @@ pub mod bpf;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod datagrams;
 pub mod engine;
 pub mod flows;
 pub mod guard;

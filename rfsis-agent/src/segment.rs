@@ -5,14 +5,14 @@ use std::net::Ipv4Addr;
 use rfsis_common::maps::{Direction, FlowKey};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpOption, TcpPacket};
 
-/// Why a mirrored frame is not a segment for a shadow.
+/// Why a mirrored frame is not a segment for a shadow, nor a datagram to be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SegmentError {
     /// Lengths that contradict each other.
-    #[error("malformed IPv4 or TCP header")]
+    #[error("malformed IPv4, TCP or UDP header")]
     Malformed,
-    /// UDP, ICMP, a fragment: nothing that a shadow takes.
-    #[error("not an unfragmented TCP segment")]
+    /// ICMP, a fragment: another protocol than was asked for, or not in one piece.
+    #[error("not an unfragmented packet of its protocol")]
     NotTcp,
     /// The kernel of the active would drop it too.
     #[error("bad checksum")]
@@ -69,16 +69,7 @@ impl Segment<'_> {
 /// is what a sender on the same machine leaves to a network card that then is none (veth with
 /// transmit checksum offload, `CHECKSUM_PARTIAL` in linux/skbuff.h).
 pub fn parse(packet: &[u8], direction: Direction) -> Result<(FlowKey, Segment<'_>), SegmentError> {
-    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
-    if ip.version() != 4 || ip.header_len() < 20 {
-        return Err(SegmentError::Malformed);
-    }
-    if ip.next_header() != IpProtocol::Tcp || ip.more_frags() || ip.frag_offset() != 0 {
-        return Err(SegmentError::NotTcp);
-    }
-    if !ip.verify_checksum() {
-        return Err(SegmentError::BadChecksum);
-    }
+    let ip = parse_ipv4(packet, IpProtocol::Tcp)?;
     let tcp = TcpPacket::new_checked(ip.payload()).map_err(|_| SegmentError::Malformed)?;
     let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
     if !tcp.verify_partial_checksum(&from, &to) && !tcp.verify_checksum(&from, &to) {
@@ -135,6 +126,21 @@ fn read<'a>(
         payload: tcp.payload(),
     };
     Ok((flow, segment))
+}
+
+/// An IPv4 packet of this protocol in one piece, its header verified.
+pub fn parse_ipv4(packet: &[u8], protocol: IpProtocol) -> Result<Ipv4Packet<&[u8]>, SegmentError> {
+    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
+    if ip.version() != 4 || ip.header_len() < 20 {
+        return Err(SegmentError::Malformed);
+    }
+    if ip.next_header() != protocol || ip.more_frags() || ip.frag_offset() != 0 {
+        return Err(SegmentError::NotTcp);
+    }
+    if !ip.verify_checksum() {
+        return Err(SegmentError::BadChecksum);
+    }
+    Ok(ip)
 }
 
 /// The key of a flow, numbers in host byte order.

@@ -63,6 +63,8 @@ pub struct Settings {
     pub key: String,
     /// How the standby gets the VIP's frames.
     pub tap: Tap,
+    /// How long a datagram waits for its answer, as the config writes it; the default if not given.
+    pub udp_replay: Option<String>,
     /// Heartbeat interval as the config writes it.
     pub interval: String,
     /// Intervals without heartbeat until takeover.
@@ -79,6 +81,7 @@ impl Default for Settings {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
             tap: Tap::Lan,
+            udp_replay: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
             startup_grace: format!("{}s", slowness()),
@@ -102,10 +105,14 @@ impl Settings {
             cluster,
             key,
             tap,
+            udp_replay,
             interval,
             missed,
             startup_grace,
         } = self;
+        let udp_replay = udp_replay
+            .as_ref()
+            .map(|window| format!("udp_replay: {window}\n"));
         let nodes = [Host::A, Host::B].map(|host| host.address().to_string());
         let mut text = format!(
             "cluster: {cluster}\n\
@@ -115,12 +122,14 @@ impl Settings {
              key: {key:?}\n\
              {}\
              protect: async\n\
+             {}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
              services:\n",
             nodes.join(", "),
             tap.yaml(),
+            udp_replay.unwrap_or_default(),
         );
         for (handler, number) in [
             ("echo", port::ECHO),

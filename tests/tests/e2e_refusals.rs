@@ -41,6 +41,16 @@ fn check_accepts_a_mirror_with_all_that_belongs_to_it() {
 }
 
 #[test]
+fn check_accepts_protection_with_all_that_belongs_to_it() {
+    let sync = "protect: sync\nprotect_timeout: 100ms\nsync_port: 9502\nudp_replay: 0";
+    let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
+        yaml.replace("protect: async", sync)
+    });
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("protect sync"), "{said}");
+}
+
+#[test]
 fn a_sync_interface_that_would_cut_copies_is_refused() {
     let lab = Lab::with(&LabOptions {
         sync_link: true,
@@ -107,8 +117,33 @@ fn check_names_line_and_field_of_every_bad_config() {
         ),
         (
             "protect: async",
-            "protect: sync",
-            &["refused.yaml:7:", "protect", "not supported yet"],
+            "protect: semisync",
+            &["refused.yaml:7:", "protect", "async or sync"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nprotect_timeout: 30ms",
+            &["refused.yaml:8:", "protect_timeout", "protect: sync"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nsync_port: 9501",
+            &["refused.yaml:8:", "sync_port", "protect: sync"],
+        ),
+        (
+            "protect: async",
+            "protect: sync\nprotect_timeout: 2m",
+            &["refused.yaml:8:", "protect_timeout", "60s"],
+        ),
+        (
+            "protect: async",
+            "protect: sync\nsync_port: 0",
+            &["refused.yaml:8:", "sync_port", "65535"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nudp_replay: 11s",
+            &["refused.yaml:8:", "udp_replay", "10s"],
         ),
         (
             "interval: 20ms",

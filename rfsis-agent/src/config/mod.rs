@@ -67,6 +67,11 @@ pub struct Config {
     pub key: ClusterKey,
     /// How the VIP's frames reach the standby.
     pub tap: Tap,
+    /// What a client's ACK promises.
+    pub protect: Protect,
+    /// How long a UDP datagram waits for the active's answer before the standby forgets it, at most 10 s;
+    /// default 1 s. Zero: none is kept, and none is answered after a takeover.
+    pub udp_replay: Duration,
     /// Heartbeat timing.
     pub heartbeat: HeartbeatConfig,
     /// At least one service.
@@ -84,7 +89,7 @@ impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "cluster {}, virtual IP {}/{} on {}, nodes {} and {}, tap {}, takeover after {}, {} service{}",
+            "cluster {}, virtual IP {}/{} on {}, nodes {} and {}, tap {}, protect {}, takeover after {}, {} service{}",
             self.cluster,
             self.virtual_ip,
             self.prefix_len,
@@ -92,6 +97,7 @@ impl fmt::Display for Config {
             self.nodes[0],
             self.nodes[1],
             self.tap,
+            self.protect,
             humantime::format_duration(self.heartbeat.takeover_time()),
             self.services.len(),
             if self.services.len() == 1 { "" } else { "s" },
@@ -131,14 +137,43 @@ impl fmt::Display for Tap {
     }
 }
 
+/// What a client may conclude from the ACK of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protect {
+    /// The active has them.
+    Async,
+    /// The standby has them too, while there is one.
+    Sync(SyncConfig),
+}
+
+impl fmt::Display for Protect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protect::Async => "async",
+            Protect::Sync(_) => "sync",
+        })
+    }
+}
+
+/// Protection `sync`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SyncConfig {
+    /// Silence of the standby after which clients' ACKs wait for it no longer, 1 ms to 60 s; default the
+    /// takeover time.
+    pub timeout: Duration,
+    /// UDP port of the sync channel on the nodes' own addresses; default 9501. It may be that of a UDP
+    /// service, which listens on the VIP.
+    pub port: u16,
+}
+
 /// Tap `mirror`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MirrorConfig {
     /// Where the copies go, if not over the interface that carries the VIP.
     pub sync_interface: Option<String>,
-    /// What of the VIP's output is copied; default `full`. While `protect` is `async` the standby learns
-    /// only from the active's acknowledgements that it lacks a byte, and with `handshake` it does not see
-    /// them: a lost copy is then found out by the client.
+    /// What of the VIP's output is copied; default `handshake` with `protect: sync`, `full` with `async`.
+    /// Without the ACK gate the standby learns only from the active's acknowledgements that it lacks a byte,
+    /// and with `handshake` it does not see them: a lost copy is then found out by the client.
     pub egress: MirrorEgress,
 }
 

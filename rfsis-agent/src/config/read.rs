@@ -9,12 +9,14 @@ use std::time::Duration;
 use super::fields::{self, KeyFileError, MIN_KEY_BYTES};
 use super::yaml::{self, Entry, Node, Value};
 use super::{
-    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protocol,
-    Service, ShadowConfig, Tap,
+    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protect,
+    Protocol, Service, ShadowConfig, SyncConfig, Tap,
 };
 use crate::handler::HandlerKind;
 use rfsis_common::mirror::MirrorEgress;
 
+const DEFAULT_SYNC_PORT: u16 = 9501;
+const DEFAULT_UDP_REPLAY: Duration = Duration::from_secs(1);
 const DEFAULT_STARTUP_GRACE: Duration = Duration::from_secs(3);
 const INTERFACE_EXPECTED: &str = "an interface name of 1 to 15 characters like eth0";
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -212,6 +214,9 @@ impl<'a> Reader<'a> {
                 "sync_interface",
                 "mirror_egress",
                 "protect",
+                "protect_timeout",
+                "sync_port",
+                "udp_replay",
                 "heartbeat",
                 "services",
                 "shadow",
@@ -232,9 +237,16 @@ impl<'a> Reader<'a> {
         );
         let nodes = self.nodes(&root, virtual_ip);
         let key = self.key(&root);
-        let tap = self.tap(&root, interface.as_deref());
-        self.choice(&root, "protect", "async", "sync");
         let heartbeat = self.heartbeat(&root);
+        let protect = self.protect(&root, heartbeat.map(|heartbeat| heartbeat.takeover_time()));
+        let tap = self.tap(&root, interface.as_deref(), protect);
+        let udp_replay = self.optional(
+            &root,
+            "udp_replay",
+            DEFAULT_UDP_REPLAY,
+            "a duration like 1s, at most 10s, or 0",
+            duration_in(Duration::ZERO, Duration::from_secs(10)),
+        );
         let services = self.services(&root);
         let shadow = self.shadow(&root);
         let metrics = self.metrics(&root);
@@ -255,6 +267,8 @@ impl<'a> Reader<'a> {
             nodes: nodes?,
             key: key?,
             tap: tap?,
+            protect: protect?,
+            udp_replay: udp_replay?,
             heartbeat: heartbeat?,
             services: services?,
             shadow: shadow?,
@@ -263,19 +277,51 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// Protection with what belongs to it.
+    fn protect(&mut self, root: &Section<'a>, takeover_time: Option<Duration>) -> Option<Protect> {
+        let syncs = self.optional(root, "protect", false, "async or sync", |text| match text {
+            "async" => Some(false),
+            "sync" => Some(true),
+            _ => None,
+        })?;
+        if !syncs {
+            self.only_beside("protect: sync", root, &["protect_timeout", "sync_port"]);
+            return Some(Protect::Async);
+        }
+        let timeout = self.optional(
+            root,
+            "protect_timeout",
+            takeover_time,
+            "a duration like 30ms, from 1ms to 60s",
+            |text| {
+                let limits = duration_in(Duration::from_millis(1), Duration::from_secs(60));
+                limits(text).map(Some)
+            },
+        );
+        let expected = "a port from 1 to 65535";
+        let port = self.optional(root, "sync_port", DEFAULT_SYNC_PORT, expected, |text| {
+            fields::whole(text).filter(|port| *port != 0)
+        });
+        Some(Protect::Sync(SyncConfig {
+            timeout: timeout??,
+            port: port?,
+        }))
+    }
+
     /// The tap with what belongs to it. `interface` is the one that carries the VIP.
-    fn tap(&mut self, root: &Section<'a>, interface: Option<&str>) -> Option<Tap> {
+    fn tap(
+        &mut self,
+        root: &Section<'a>,
+        interface: Option<&str>,
+        protect: Option<Protect>,
+    ) -> Option<Tap> {
         let mirrors = self.optional(root, "tap", false, "lan or mirror", |text| match text {
             "lan" => Some(false),
             "mirror" => Some(true),
             _ => None,
         })?;
         if !mirrors {
-            for key in ["sync_interface", "mirror_egress"] {
-                if let Some(field) = root.get(key) {
-                    self.mismatch(&field, "this key only beside tap: mirror");
-                }
-            }
+            self.only_beside("tap: mirror", root, &["sync_interface", "mirror_egress"]);
             return Some(Tap::Lan);
         }
         let sync_interface = match root.get("sync_interface") {
@@ -291,11 +337,26 @@ impl<'a> Reader<'a> {
         };
         Some(Tap::Mirror(MirrorConfig {
             sync_interface,
-            egress: self.mirror_egress(root)?,
+            egress: self.mirror_egress(root, protect)?,
         }))
     }
 
-    fn mirror_egress(&mut self, root: &Section<'a>) -> Option<MirrorEgress> {
+    /// Keys that mean nothing without `choice`, which was not made.
+    fn only_beside(&mut self, choice: &str, root: &Section<'a>, keys: &[&str]) {
+        for field in keys.iter().filter_map(|key| root.get(key)) {
+            self.mismatch(&field, format!("this key only beside {choice}"));
+        }
+    }
+
+    fn mirror_egress(
+        &mut self,
+        root: &Section<'a>,
+        protect: Option<Protect>,
+    ) -> Option<MirrorEgress> {
+        let default = match protect {
+            Some(Protect::Sync(_)) => MirrorEgress::Handshake,
+            Some(Protect::Async) | None => MirrorEgress::Full,
+        };
         let words = MirrorEgress::ALL.map(MirrorEgress::as_str).join(" or ");
         if let Some(field) = root.get("mirror_egress")
             && matches!(&field.node.value, Value::Scalar(text) if text == "headers")
@@ -303,25 +364,11 @@ impl<'a> Reader<'a> {
             self.unsupported(&field, words);
             return None;
         }
-        self.optional(root, "mirror_egress", MirrorEgress::Full, &words, |text| {
+        self.optional(root, "mirror_egress", default, &words, |text| {
             MirrorEgress::ALL
                 .into_iter()
                 .find(|egress| egress.as_str() == text)
         })
-    }
-
-    /// A setting of which one value is built and the other only planned.
-    fn choice(&mut self, section: &Section<'a>, key: &str, built: &str, planned: &str) {
-        let Some(field) = section.get(key) else {
-            return;
-        };
-        match &field.node.value {
-            Value::Scalar(text) if text == built => {}
-            Value::Scalar(text) if text == planned => {
-                self.unsupported(&field, format!("\"{built}\""))
-            }
-            _ => self.mismatch(&field, format!("{built} or {planned}")),
-        }
     }
 
     fn unsupported(&mut self, field: &Field, expected: String) {

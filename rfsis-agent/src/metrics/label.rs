@@ -150,8 +150,10 @@ label! {
         BadChecksum = "bad_checksum",
         /// Contradicts itself.
         Malformed = "malformed",
-        /// Not TCP.
+        /// Neither TCP nor UDP to be kept: another protocol, a fragment, or UDP with `udp_replay` off.
         NotTcp = "not_tcp",
+        /// To or from a UDP service.
+        Datagram = "datagram",
         /// Not from the active node: with tap `mirror` the standby takes only its copies, with `lan`
         /// nobody else may speak for the VIP.
         Foreign = "foreign",
@@ -183,6 +185,18 @@ label! {
         Ignored = "ignored",
         /// Came from where an answer would only be answered again.
         Loop = "loop",
+    }
+}
+
+label! {
+    /// What became of a UDP datagram whose answer by the active was not seen.
+    ReplayResult {
+        /// Answered after the takeover.
+        Answered = "answered",
+        /// Waited for longer than `udp_replay`.
+        Expired = "expired",
+        /// Gave way to newer ones at a bound.
+        Dropped = "dropped",
     }
 }
 

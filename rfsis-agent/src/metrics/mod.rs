@@ -23,7 +23,7 @@ use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
     DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label,
-    ResetReason, Ring, SyncReceived, SyncSent,
+    ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
@@ -145,6 +145,8 @@ pub struct Metrics {
     pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
     pub held_released: IntCounter,
+    /// `rfsis_datagrams_replayed_total{result}`.
+    pub datagrams_replayed: Counters<ReplayResult>,
     /// `rfsis_shadow_send_failures_total`.
     pub shadow_send_failures: IntCounter,
     connections: IntCounterVec,
@@ -262,9 +264,14 @@ impl Metrics {
                 "rfsis_held_released_total",
                 "Held FIN and RST that were approved later.",
             )?,
+            datagrams_replayed: family.labelled_counters(
+                "rfsis_datagrams_replayed_total",
+                "UDP datagrams whose answer by the active was not seen.",
+                "result",
+            )?,
             shadow_send_failures: family.counter(
                 "rfsis_shadow_send_failures_total",
-                "Packets of live shadows that the system refused to send.",
+                "Packets of live shadows and late UDP answers that the system refused to send.",
             )?,
             connections: family.counters(
                 "rfsis_connections_total",

@@ -58,6 +58,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_connections_total", "counter"),
         ("rfsis_accept_errors_total", "counter"),
         ("rfsis_datagrams_total", "counter"),
+        ("rfsis_datagrams_replayed_total", "counter"),
         ("rfsis_held_released_total", "counter"),
         ("rfsis_shadow_send_failures_total", "counter"),
     ]);
@@ -104,6 +105,7 @@ fn each_label_counts_for_itself_alone() {
     distinct::<FrameResult>();
     distinct::<Ring>();
     distinct::<DatagramResult>();
+    distinct::<ReplayResult>();
     distinct::<XdpMode>();
     distinct::<State>();
     distinct::<XdpVerdict>();

@@ -186,7 +186,7 @@ fn output_that_the_gate_passes_is_copied_as_far_as_asked_and_leaves_unchanged() 
                     Some(Cloned),
                 ),
                 ("RST approved", tcp_from_vip(RST, b""), true, Some(Cloned)),
-                ("UDP", udp, false, Some(data)),
+                ("UDP", udp, false, Some(Cloned)),
             ];
             for (name, frame, approve, expected) in table {
                 if approve {
