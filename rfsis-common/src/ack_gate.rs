@@ -442,6 +442,15 @@ pub const fn ack_decide(
         note_release(segment, sent, shift);
         return decision;
     }
+    if segment.has(tcp_flags::RST)
+        && sent.flags & sent_flags::FIN_SENT != 0
+        && after(sent.ack, sent.told)
+    {
+        // The kernel has closed the connection and forgotten it: its RST answers what the client repeats
+        // because it was not told yet that it arrived. The release will tell it.
+        decision.verdict = AckVerdict::Held;
+        return decision;
+    }
     if !segment.has(tcp_flags::ACK) {
         return decision;
     }
