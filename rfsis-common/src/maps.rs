@@ -61,7 +61,7 @@ pub struct NodeState {
 
 /// One connection: the client's end and the service port. The VIP is the same for all.
 ///
-/// Numbers are in host byte order. Key of `LIVE_FLOWS`, `APPROVED_FLOWS` and `LOST_FLOWS`.
+/// Numbers are in host byte order. Key of `LIVE_FLOWS`, `APPROVED_FLOWS`, `LOST_FLOWS` and `GUARDED`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct FlowKey {
@@ -71,6 +71,17 @@ pub struct FlowKey {
     pub client_port: u16,
     /// TCP port of the service on the VIP.
     pub service_port: u16,
+}
+
+impl FlowKey {
+    /// Reads one as it lies in memory.
+    pub(crate) fn read(bytes: &[u8], offset: usize) -> Option<FlowKey> {
+        Some(FlowKey {
+            client_addr: u32_at(bytes, offset)?,
+            client_port: u16_at(bytes, offset + 4)?,
+            service_port: u16_at(bytes, offset + 6)?,
+        })
+    }
 }
 
 /// The one value of map `MIRROR`: to which hardware address the active copies the VIP's frames.
@@ -229,11 +240,7 @@ impl HeldEvent {
     pub fn parse(entry: &[u8]) -> Option<HeldEvent> {
         Some(HeldEvent {
             at_ns: u64_at(entry, 0)?,
-            flow: FlowKey {
-                client_addr: u32_at(entry, 8)?,
-                client_port: u16_at(entry, 12)?,
-                service_port: u16_at(entry, 14)?,
-            },
+            flow: FlowKey::read(entry, 8)?,
             seq: u32_at(entry, 16)?,
             ack: u32_at(entry, 20)?,
             flags: u32_at(entry, 24)?,
@@ -250,7 +257,7 @@ fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
         .map(u16::from_ne_bytes)
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes
         .get(offset..)?
         .first_chunk()
@@ -258,7 +265,7 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
         .map(u32::from_ne_bytes)
 }
 
-fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     bytes
         .get(offset..)?
         .first_chunk()
@@ -300,6 +307,18 @@ pub mod names {
     pub const MIRROR_COUNTERS: &str = "MIRROR_COUNTERS";
     /// `Array<MirrorPeer>`, one entry.
     pub const MIRROR: &str = "MIRROR";
+    /// `Array<u64>`, one entry: 1 while the ACK gate guards, 0 while it is open.
+    pub const GUARD: &str = "GUARD";
+    /// `HashMap<FlowKey, Guarded>` ([`crate::ack_gate::Guarded`]): flows that the standby knows.
+    pub const GUARDED: &str = "GUARDED";
+    /// `Array` of [`crate::ack_gate::Confirmation`], by slot.
+    pub const CONFIRMED: &str = "CONFIRMED";
+    /// `Array` of [`crate::ack_gate::Sent`], by slot.
+    pub const SENT: &str = "SENT";
+    /// `RingBuf` of [`crate::ack_gate::OpeningEvent`].
+    pub const OPENINGS: &str = "OPENINGS";
+    /// `PerCpuArray<u64>` indexed by [`crate::ack_gate::AckGateVerdict`].
+    pub const ACK_GATE_COUNTERS: &str = "ACK_GATE_COUNTERS";
     /// Global: the VIP, IPv4 in host byte order.
     pub const VIP: &str = "VIP";
     /// Global: index of the interface that copies leave by; 0 if the tap is not `mirror`.
@@ -308,6 +327,8 @@ pub mod names {
     pub const MIRROR_SOURCE: &str = "MIRROR_SOURCE";
     /// Global: [`crate::mirror::MirrorEgress`] as a number.
     pub const MIRROR_EGRESS: &str = "MIRROR_EGRESS";
+    /// Global: 1 with `protect: sync`, 0 without an ACK gate.
+    pub const ACK_GATE: &str = "ACK_GATE";
 }
 
 /// Name of a flow for maps with a plain marker value.
@@ -328,6 +349,7 @@ mod pod {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ack_gate::{Guarded, OPENING_CAPTURE, OpeningEvent, Sent};
 
     #[test]
     fn an_entry_shorter_than_it_says_is_refused() {
@@ -349,6 +371,14 @@ mod tests {
         let entry = [0_u8; size_of::<HeldEvent>()];
         assert_eq!(HeldEvent::parse(&entry), Some(HeldEvent::default()));
         assert_eq!(HeldEvent::parse(&entry[1..]), None);
+
+        let mut entry = [0_u8; size_of::<OpeningEvent>()];
+        entry[16] = OPENING_CAPTURE as u8;
+        let event = OpeningEvent::parse(&entry).unwrap();
+        assert_eq!(event.packet().len(), OPENING_CAPTURE);
+        assert!(OpeningEvent::parse(&entry[..entry.len() - 1]).is_none());
+        entry[16] += 1;
+        assert!(OpeningEvent::parse(&entry).is_none());
     }
 
     #[test]
@@ -367,5 +397,8 @@ mod tests {
         assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 2 + 2 * 2 + 4);
         assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
         assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
+        assert_eq!(size_of::<Guarded>(), 4 * 3);
+        assert_eq!(size_of::<Sent>(), 8 + 4 * 10);
+        assert_eq!(size_of::<OpeningEvent>(), 8 + 8 + 4 * 2 + OPENING_CAPTURE);
     }
 }

@@ -1,7 +1,8 @@
 //! Tap `mirror`: which frames of the VIP the active copies to the standby. Pure functions, as in
 //! [`crate::verdict`].
 
-use crate::frame::{Classified, FrameClass, tcp_flags};
+use crate::ack_gate::after;
+use crate::frame::{Classified, FrameClass, TcpPart, tcp_flags};
 use crate::maps::{Direction, MirrorPeer, NodeState};
 
 /// What of the VIP's output is copied. Input is always copied whole.
@@ -41,16 +42,19 @@ pub enum MirrorVerdict {
     NoStandby = 3,
     /// Not made: output that [`MirrorEgress`] leaves out.
     Spared = 4,
+    /// Not made: the client acknowledges what the active has not sent.
+    BeyondSent = 5,
 }
 
 impl MirrorVerdict {
     /// All, in the order of their numbers.
-    pub const ALL: [MirrorVerdict; 5] = [
+    pub const ALL: [MirrorVerdict; 6] = [
         MirrorVerdict::Cloned,
         MirrorVerdict::Failed,
         MirrorVerdict::Closed,
         MirrorVerdict::NoStandby,
         MirrorVerdict::Spared,
+        MirrorVerdict::BeyondSent,
     ];
 
     /// Value of the metrics label `verdict`.
@@ -61,6 +65,7 @@ impl MirrorVerdict {
             MirrorVerdict::Closed => "closed",
             MirrorVerdict::NoStandby => "no_standby",
             MirrorVerdict::Spared => "spared",
+            MirrorVerdict::BeyondSent => "beyond_sent",
         }
     }
 }
@@ -78,7 +83,8 @@ pub enum MirrorAction {
 
 /// Decides about the copy of a frame: one that came in for the VIP, or one that the gate has passed.
 ///
-/// ARP is not copied: each node asks and answers for itself.
+/// ARP is not copied: each node asks and answers for itself. `sent_next` gives the number behind the last
+/// that the active sent on a flow, where that is known; it is asked of input that would be copied.
 #[inline(always)]
 pub fn mirror_decide(
     frame: &Classified,
@@ -86,6 +92,7 @@ pub fn mirror_decide(
     now_ns: u64,
     peer: MirrorPeer,
     egress: MirrorEgress,
+    sent_next: impl FnOnce(&TcpPart) -> Option<u32>,
 ) -> MirrorAction {
     if !matches!(frame.class, FrameClass::Vip) {
         return MirrorAction::Ignore;
@@ -101,6 +108,16 @@ pub fn mirror_decide(
         && !opens_or_ends(frame)
     {
         return MirrorAction::Skip(MirrorVerdict::Spared);
+    }
+    if matches!(frame.direction, Direction::ToVip)
+        && let Some(tcp) = frame.tcp()
+        && tcp.flags & tcp_flags::ACK != 0
+        && let Some(next) = sent_next(tcp)
+        && after(tcp.ack, next)
+    {
+        // The kernel does not believe it either (RFC 5961 section 5.2), and knows better than the
+        // standby: that need not see what the active sends.
+        return MirrorAction::Skip(MirrorVerdict::BeyondSent);
     }
     MirrorAction::Clone
 }
@@ -129,7 +146,7 @@ mod tests {
     const PEER: MirrorPeer = MirrorPeer::at([2, 0, 0, 0, 0, 2]);
 
     fn decide(frame: &[u8], egress: MirrorEgress) -> MirrorAction {
-        mirror_decide(&classify(&frame, VIP), &OPEN, 1000, PEER, egress)
+        mirror_decide(&classify(&frame, VIP), &OPEN, 1000, PEER, egress, |_| None)
     }
 
     #[test]
@@ -172,7 +189,7 @@ mod tests {
         let frame = tcp_to_vip(ACK);
         let frame = classify(&&frame[..], VIP);
         let ask = |node: &NodeState, now, peer| {
-            mirror_decide(&frame, node, now, peer, MirrorEgress::Full)
+            mirror_decide(&frame, node, now, peer, MirrorEgress::Full, |_| None)
         };
         let closed = MirrorAction::Skip(MirrorVerdict::Closed);
         assert_eq!(ask(&OPEN, 1000, PEER), MirrorAction::Clone);
@@ -182,5 +199,33 @@ mod tests {
         }
         let nobody = MirrorAction::Skip(MirrorVerdict::NoStandby);
         assert_eq!(ask(&OPEN, 0, MirrorPeer::NOBODY), nobody);
+    }
+
+    #[test]
+    fn a_client_that_acknowledges_what_was_not_sent_is_not_copied() {
+        let beyond = MirrorAction::Skip(MirrorVerdict::BeyondSent);
+        // The frames of these tests acknowledge 2000.
+        for (flags, next, expected) in [
+            (ACK, Some(2000), MirrorAction::Clone),
+            (ACK, Some(2001), MirrorAction::Clone),
+            (ACK, Some(1999), beyond),
+            (ACK | FIN, Some(1999), beyond),
+            (ACK | RST, Some(1999), beyond),
+            (ACK, Some(2001_u32.wrapping_add(1 << 31)), beyond),
+            // Its acknowledgement field means nothing.
+            (SYN, Some(1999), MirrorAction::Clone),
+            (RST, Some(1999), MirrorAction::Clone),
+            (ACK, None, MirrorAction::Clone),
+        ] {
+            let segment = tcp_to_vip(flags);
+            let frame = classify(&&segment[..], VIP);
+            let egress = MirrorEgress::Full;
+            let action = mirror_decide(&frame, &OPEN, 0, PEER, egress, |_| next);
+            assert_eq!(action, expected, "flags {flags:#x}, next {next:?}");
+        }
+        let segment = tcp_from_vip(ACK);
+        let frame = classify(&&segment[..], VIP);
+        let asked = |_: &TcpPart| panic!("asked of output");
+        mirror_decide(&frame, &OPEN, 0, PEER, MirrorEgress::Full, asked);
     }
 }
