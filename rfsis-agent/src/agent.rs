@@ -42,6 +42,7 @@ use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tap;
 use crate::warm::keep_warm;
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
@@ -139,6 +140,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
         mirror: tap::mirror_params(&config, &tap),
+        guard: None,
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -556,6 +558,12 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
             for verdict in MirrorVerdict::ALL {
                 let count = mirror.get(verdict);
                 metrics.mirror_packets.raise_to(verdict, count);
+            }
+        }
+        if let Ok(ack_gate) = counters.ack_gate() {
+            for verdict in AckGateVerdict::ALL {
+                let count = ack_gate.get(verdict);
+                metrics.ack_gate_packets.raise_to(verdict, count);
             }
         }
         let node = story.shared.node();

@@ -431,6 +431,19 @@ pub const fn ack_decide(
     confirmation: Confirmation,
     shift: u32,
 ) -> AckDecision {
+    if segment.has(tcp_flags::RST)
+        && sent.flags & sent_flags::FIN_SENT != 0
+        && after(sent.ack, sent.told)
+        && !confirmation.is_open()
+    {
+        // The kernel has closed the connection and forgotten it: its RST answers what the client repeats
+        // because it was not told yet that it arrived. The release will tell it.
+        return AckDecision {
+            verdict: AckVerdict::Held,
+            ack: segment.ack,
+            window: segment.window,
+        };
+    }
     let must_leave = segment.must_leave(sent);
     note_sent(segment, sent, shift);
     let mut decision = AckDecision {
@@ -440,15 +453,6 @@ pub const fn ack_decide(
     };
     if confirmation.is_open() {
         note_release(segment, sent, shift);
-        return decision;
-    }
-    if segment.has(tcp_flags::RST)
-        && sent.flags & sent_flags::FIN_SENT != 0
-        && after(sent.ack, sent.told)
-    {
-        // The kernel has closed the connection and forgotten it: its RST answers what the client repeats
-        // because it was not told yet that it arrived. The release will tell it.
-        decision.verdict = AckVerdict::Held;
         return decision;
     }
     if !segment.has(tcp_flags::ACK) {

@@ -9,8 +9,7 @@ use crate::maps::{Direction, MirrorPeer, NodeState};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum MirrorEgress {
-    /// What carries SYN, FIN or RST, and what is not TCP: enough to know which connections there are, and
-    /// which datagrams were answered.
+    /// What carries SYN, FIN or RST: enough to know which connections there are.
     Handshake = 0,
     /// Everything: the standby also sees what was acknowledged, and can compare content.
     Full = 1,
@@ -106,7 +105,7 @@ pub fn mirror_decide(
     }
     if matches!(frame.direction, Direction::FromVip)
         && matches!(egress, MirrorEgress::Handshake)
-        && !is_handshake(frame)
+        && !opens_or_ends(frame)
     {
         return MirrorAction::Skip(MirrorVerdict::Spared);
     }
@@ -123,13 +122,12 @@ pub fn mirror_decide(
     MirrorAction::Clone
 }
 
-/// Whether [`MirrorEgress::Handshake`] has it.
 #[inline(always)]
-fn is_handshake(frame: &Classified) -> bool {
+fn opens_or_ends(frame: &Classified) -> bool {
     const BOUNDS: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
     match frame.tcp() {
         Some(tcp) => tcp.flags & BOUNDS != 0,
-        None => true,
+        None => false,
     }
 }
 
@@ -165,11 +163,11 @@ mod tests {
             let expected = if bounds { MirrorAction::Clone } else { spared };
             assert_eq!(decide(&frame, Handshake), expected, "flags {flags:#x}");
         }
-        // The standby must know which datagrams were answered. Later fragments have no flags either.
+        // A later fragment and UDP have no flags.
         let mut udp = tcp_from_vip(SYN);
         udp[23] = 17;
         assert_eq!(decide(&udp, Full), MirrorAction::Clone);
-        assert_eq!(decide(&udp, Handshake), MirrorAction::Clone);
+        assert_eq!(decide(&udp, Handshake), spared);
     }
 
     #[test]
@@ -213,7 +211,7 @@ mod tests {
             (ACK, Some(1999), beyond),
             (ACK | FIN, Some(1999), beyond),
             (ACK | RST, Some(1999), beyond),
-            (ACK, Some(2000_u32.wrapping_add(1 << 31)), beyond),
+            (ACK, Some(2001_u32.wrapping_add(1 << 31)), beyond),
             // Its acknowledgement field means nothing.
             (SYN, Some(1999), MirrorAction::Clone),
             (RST, Some(1999), MirrorAction::Clone),

@@ -20,8 +20,8 @@ use crate::maps::{
     APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, mirror_peer, node_state, vip,
     worth_logging,
 };
-use crate::mirror;
 use crate::skb::SkbFrame;
+use crate::{ack_gate, mirror};
 
 /// Filter on clsact egress.
 #[classifier]
@@ -56,6 +56,9 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
             {
                 // Fails where there is none, which is the usual case.
                 let _ = APPROVED_FLOWS.remove(tcp.flow);
+            }
+            if !ack_gate::admit(&ctx, &frame, now_ns) {
+                return TC_ACT_STOLEN;
             }
             if mirror::offer(&ctx, &frame, now_ns) {
                 TC_ACT_UNSPEC

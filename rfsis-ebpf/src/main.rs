@@ -1,11 +1,12 @@
 //! The programs of RFSIS in the kernel. Thin: parse (`rfsis_common::frame`), look up ([`maps`]),
 //! decide (`rfsis_common::verdict`), act, count.
 //!
-//! Read [`xdp`] (ingress: who sees a frame), [`gate`] (egress: who may speak) and [`mirror`] (what the
-//! active copies to the standby).
+//! Read [`xdp`] (ingress: who sees a frame), [`gate`] (egress: who may speak), [`ack_gate`] (what a client
+//! is told) and [`mirror`] (what the active copies to the standby).
 #![no_std]
 #![no_main]
 
+mod ack_gate;
 mod gate;
 mod maps;
 mod mirror;

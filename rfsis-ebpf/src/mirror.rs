@@ -8,6 +8,8 @@
 //!                                                └──► the standby's rfsis_xdp ──► its frame ring
 //! ```
 //!
+//! The program on ingress also notices the SYNs of new connections, for the ACK gate, whatever the tap.
+//!
 //! A copy differs from its original in the hardware addresses only: to the standby's tap, from the
 //! interface that it leaves by, so that switches learn nothing wrong. There is no extra header: what
 //! fitted the LAN fits again, and the kernel segments copies of super-frames and finishes their
@@ -20,17 +22,19 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
-use rfsis_common::frame::{Classified, classify};
+use rfsis_common::frame::{Classified, TcpPart, classify};
 use rfsis_common::maps::{Direction, MirrorPeer};
 use rfsis_common::mirror::{MirrorAction, MirrorVerdict, mirror_decide};
 
+use crate::ack_gate;
 use crate::maps::{
-    count_mirror, mirror_egress, mirror_ifindex, mirror_peer, mirror_source, node_state, vip,
-    worth_logging,
+    count_mirror, has_ack_gate, mirror_egress, mirror_ifindex, mirror_peer, mirror_source,
+    node_state, sent_next, vip, worth_logging,
 };
 use crate::skb::{SkbFrame, is_for_this_host, is_tagged};
 
-/// Filter on clsact ingress. It sees what XDP has passed, before anybody else.
+/// Filter on clsact ingress, with tap `mirror` or an ACK gate. It sees what XDP has passed, before anybody
+/// else.
 #[classifier]
 pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     let frame = classify(&SkbFrame(&ctx), vip());
@@ -39,6 +43,9 @@ pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     }
     // SAFETY: the helper takes nothing and cannot fail.
     let now_ns = unsafe { bpf_ktime_get_ns() };
+    if !is_tagged(&ctx) {
+        ack_gate::notice(&ctx, &frame, now_ns);
+    }
     if offer(&ctx, &frame, now_ns) {
         TC_ACT_UNSPEC
     } else {
@@ -54,7 +61,14 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
         return true;
     }
     let peer = mirror_peer();
-    match mirror_decide(frame, &node_state(), now_ns, peer, mirror_egress()) {
+    let known = |tcp: &TcpPart| {
+        if has_ack_gate() {
+            sent_next(tcp.flow)
+        } else {
+            None
+        }
+    };
+    match mirror_decide(frame, &node_state(), now_ns, peer, mirror_egress(), known) {
         MirrorAction::Ignore => true,
         MirrorAction::Skip(verdict) => {
             count_mirror(verdict);

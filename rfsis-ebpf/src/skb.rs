@@ -35,3 +35,10 @@ pub fn is_for_this_host(ctx: &TcContext) -> bool {
     // SAFETY: the context is the one that the kernel gave.
     unsafe { (*ctx.skb.skb).pkt_type == PACKET_HOST }
 }
+
+/// The mark that the sender gave it.
+#[inline(always)]
+pub fn mark(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is the one that the kernel gave.
+    unsafe { (*ctx.skb.skb).mark }
+}

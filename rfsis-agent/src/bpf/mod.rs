@@ -31,8 +31,8 @@ pub use error::BpfError;
 pub use leftover::cleanup;
 pub use log::ProgramLog;
 pub use maps::{
-    Approvals, Counters, GateCounters, LiveFlows, LostFlows, MirrorCounters, MirrorWriter,
-    StateWriter, XdpCounters,
+    AckGateCounters, Approvals, Counters, GateCounters, GuardMaps, LiveFlows, LostFlows,
+    MirrorCounters, MirrorWriter, StateWriter, XdpCounters,
 };
 
 use error::os_error;
@@ -57,6 +57,15 @@ pub struct LoadParams<'a> {
     pub max_live_flows: u32,
     /// Where copies go, with tap `mirror`.
     pub mirror: Option<MirrorParams>,
+    /// The ACK gate, with `protect: sync`.
+    pub guard: Option<GuardParams>,
+}
+
+/// What the ACK gate has room for.
+#[derive(Clone, Copy, Debug)]
+pub struct GuardParams {
+    /// Flows that may be guarded at once.
+    pub max_flows: u32,
 }
 
 /// Where and how copies for the standby leave.
@@ -137,11 +146,17 @@ impl Programs {
             None => (0, [0; 6], MirrorEgress::Full),
         };
         let (source, egress) = (MirrorPeer::at(source).word(), egress as u32);
+        let ack_gate = u32::from(params.guard.is_some());
+        let guarded = params.guard.map_or(1, |guard| guard.max_flows.max(1));
         let mut ebpf = EbpfLoader::new()
             .override_global(names::VIP, &vip, true)
             .override_global(names::MIRROR_IFINDEX, &ifindex, true)
             .override_global(names::MIRROR_SOURCE, &source, true)
             .override_global(names::MIRROR_EGRESS, &egress, true)
+            .override_global(names::ACK_GATE, &ack_gate, true)
+            .map_max_entries(names::GUARDED, guarded)
+            .map_max_entries(names::CONFIRMED, guarded)
+            .map_max_entries(names::SENT, guarded)
             .map_max_entries(names::FRAMES, params.frame_ring_bytes)
             .map_max_entries(names::LIVE_FLOWS, params.max_live_flows.max(1))
             .map_max_entries(names::SERVICE_PORTS, room(params.service_ports))
@@ -191,7 +206,8 @@ impl Programs {
     }
 
     /// Puts the mirror on an interface's ingress, behind [`Programs::attach_gate`] on the same. Copies
-    /// are made while the state is active within its lease and [`MirrorWriter`] names a standby.
+    /// are made while the state is active within its lease and [`MirrorWriter`] names a standby. An ACK
+    /// gate needs it with any tap, to hear of new connections.
     ///
     /// # Errors
     /// As [`Programs::attach_gate`].
@@ -303,6 +319,19 @@ impl Programs {
         MirrorWriter::new(self.copy_of(names::MIRROR)?)
     }
 
+    /// What agent and ACK gate tell each other; each call gives handles with locks of their own.
+    ///
+    /// # Errors
+    /// Where no file descriptor is left.
+    pub fn guard_maps(&self) -> Result<GuardMaps, BpfError> {
+        GuardMaps::new(
+            self.copy_of(names::GUARD)?,
+            self.copy_of(names::GUARDED)?,
+            self.copy_of(names::CONFIRMED)?,
+            self.copy_of(names::SENT)?,
+        )
+    }
+
     /// The flows that live on shadows.
     ///
     /// # Errors
@@ -336,6 +365,7 @@ impl Programs {
             self.copy_of(names::XDP_COUNTERS)?,
             self.copy_of(names::GATE_COUNTERS)?,
             self.copy_of(names::MIRROR_COUNTERS)?,
+            self.copy_of(names::ACK_GATE_COUNTERS)?,
         )
     }
 
@@ -364,6 +394,14 @@ impl Programs {
         self.take_ring(names::HELD)
     }
 
+    /// The ring of new connections, with an ACK gate: entries are `OpeningEvent`. It has one reader.
+    ///
+    /// # Errors
+    /// Where it was taken before.
+    pub fn take_openings(&mut self) -> Result<RingBuf<MapData>, BpfError> {
+        self.take_ring(names::OPENINGS)
+    }
+
     /// What the programs have to say; to be run as a task.
     ///
     /// # Errors
@@ -388,19 +426,26 @@ impl Programs {
             .map_err(|error| BpfError::new("test run of the XDP program", &error))
     }
 
-    /// The same for the gate; gives its `TC_ACT_` code.
+    /// The same for the gate, with `skb->mark`; gives its `TC_ACT_` code and the frame as it left it.
     ///
     /// # Errors
     /// As [`Programs::test_xdp`].
-    pub fn test_gate(&mut self, frame: &[u8]) -> Result<i32, BpfError> {
+    pub fn test_gate(&mut self, frame: &[u8], mark: u32) -> Result<(i32, Vec<u8>), BpfError> {
+        // `struct __sk_buff` up to its `mark`, include/uapi/linux/bpf.h: what is missing is taken as 0.
+        let mut skb = [0; 12];
+        skb[8..].copy_from_slice(&mark.to_ne_bytes());
+        let mut output = vec![0; frame.len()];
         let options = TestRunOptions {
             data_in: Some(frame),
+            data_out: Some(&mut output),
+            ctx_in: Some(&skb),
             ..TestRunOptions::default()
         };
         let result = self.tc_program(names::GATE)?.test_run(options);
-        result
+        let code = result
             .map(|result| result.return_value.cast_signed())
-            .map_err(|error| BpfError::new("test run of the gate", &error))
+            .map_err(|error| BpfError::new("test run of the gate", &error))?;
+        Ok((code, output))
     }
 
     fn xdp_program(&mut self) -> Result<&mut Xdp, BpfError> {

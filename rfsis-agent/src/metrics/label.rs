@@ -1,5 +1,6 @@
 //! Labels with a fixed set of values.
 
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::maps::State;
 use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
@@ -292,6 +293,16 @@ impl Label for MirrorVerdict {
 
 impl Label for GateVerdict {
     const ALL: &'static [Self] = &GateVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+impl Label for AckGateVerdict {
+    const ALL: &'static [Self] = &AckGateVerdict::ALL;
     fn index(self) -> usize {
         self as usize
     }

@@ -15,6 +15,7 @@ use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
 };
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::maps::State;
 use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
@@ -141,6 +142,8 @@ pub struct Metrics {
     pub gate_packets: Counters<GateVerdict>,
     /// `rfsis_mirror_packets_total{verdict}`, set by the scrape hook.
     pub mirror_packets: Counters<MirrorVerdict>,
+    /// `rfsis_ack_gate_packets_total{verdict}`, set by the scrape hook.
+    pub ack_gate_packets: Counters<AckGateVerdict>,
     /// `rfsis_xdp_mode{mode}`, 0 or 1.
     pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
@@ -253,6 +256,11 @@ impl Metrics {
             mirror_packets: family.labelled_counters(
                 "rfsis_mirror_packets_total",
                 "Frames of the VIP by what became of their copies for the standby.",
+                "verdict",
+            )?,
+            ack_gate_packets: family.labelled_counters(
+                "rfsis_ack_gate_packets_total",
+                "TCP packets from a service's port by verdict of the ACK gate.",
                 "verdict",
             )?,
             xdp_mode: family.labelled_gauges(

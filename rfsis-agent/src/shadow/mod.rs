@@ -61,6 +61,9 @@ pub const FAR: i32 = 16 << 20;
 /// A client that has lost packets fills the hole within some retransmission timeouts, ns.
 const HOLE_PATIENCE: Nanos = 5_000_000_000;
 
+/// The client of a guarded flow repeats what is missing, however far it has backed off by then, ns.
+const GUARDED_PATIENCE: Nanos = 60_000_000_000;
+
 /// So many acknowledgements in a row of what nobody sent are the client's own: a forger would have
 /// to guess each, and the client's true ones would come between.
 const DISBELIEF: u8 = 3;
