@@ -161,7 +161,9 @@ pub struct Guard {
     syns: HashMap<FlowKey, Syn>,
     syn_order: VecDeque<(FlowKey, u32)>,
     flows: HashMap<FlowKey, Flow>,
-    free: Vec<u32>,
+    /// Slots that no flow has, longest free first: a segment on its way through the gate may still write
+    /// to one that was just freed.
+    free: VecDeque<u32>,
     /// Openings to be repeated.
     repeats: BTreeSet<(Nanos, FlowKey)>,
     rechecks: VecDeque<(Nanos, FlowKey)>,
@@ -187,7 +189,7 @@ impl Guard {
             syns: HashMap::new(),
             syn_order: VecDeque::new(),
             flows: HashMap::new(),
-            free: (0..config.max_flows as u32).rev().collect(),
+            free: (0..config.max_flows as u32).collect(),
             repeats: BTreeSet::new(),
             rechecks: VecDeque::new(),
             to_ask: Vec::new(),
@@ -348,7 +350,7 @@ impl Guard {
             active: segment.options,
         };
         self.forget(flow, fx);
-        let Some(slot) = self.free.pop() else {
+        let Some(slot) = self.free.pop_front() else {
             self.refused += 1;
             fx.send(&packet);
             return;
@@ -688,7 +690,7 @@ impl Guard {
             if !matches!(flow.phase, Phase::Opening { .. }) {
                 fx.withdraw(key);
             }
-            self.free.push(flow.slot);
+            self.free.push_back(flow.slot);
         }
     }
 

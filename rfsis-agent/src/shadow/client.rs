@@ -3,7 +3,10 @@
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::TcpControl;
 
-use super::{Context, DISBELIEF, FAR, HOLE_PATIENCE, Outgoing, REORDER_LIMIT, Shadow, Source};
+use super::{
+    Context, DISBELIEF, FAR, GUARDED_PATIENCE, HOLE_PATIENCE, Outgoing, REORDER_LIMIT, Shadow,
+    Source,
+};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, clamp_ack, distance, later};
 use crate::segment::Segment;
@@ -85,8 +88,13 @@ impl Shadow {
             Some((held, since)) if hole && held == self.held => Some((held, since)),
             _ => hole.then_some((self.held, now)),
         };
+        let patience = if self.handshake.guarded {
+            GUARDED_PATIENCE
+        } else {
+            HOLE_PATIENCE
+        };
         self.hole
-            .is_some_and(|(_, since)| now.saturating_sub(since) > HOLE_PATIENCE)
+            .is_some_and(|(_, since)| now.saturating_sub(since) > patience)
     }
 
     /// The client has bytes that the handler did not write, because it lacks what the client had sent
@@ -95,7 +103,7 @@ impl Shadow {
         let ahead = self.ahead.is_some() || self.disbelieved >= DISBELIEF;
         self.ahead_since = ahead.then(|| self.ahead_since.unwrap_or(now));
         let patience = if self.handshake.guarded {
-            HOLE_PATIENCE
+            GUARDED_PATIENCE
         } else {
             0
         };
