@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -24,21 +24,24 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
+use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
-use crate::config::{Config, Protocol, Tap};
+use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
 use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
 use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
+use crate::guard::{Guard, GuardConfig};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Codec;
-use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
+use crate::link::{self, KernelGuard, Link};
+use crate::metrics::{self, HeartbeatReceived, Metrics, Protection, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
 use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
+use crate::sync::Channel;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tap;
 use crate::warm::keep_warm;
@@ -119,6 +122,10 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     let own = netif.own_node(&config.nodes).await?;
     netif.check_vip(config.virtual_ip)?;
     let tap = tap::interface(&config, &netif).await?;
+    let sync_socket = match &config.protect {
+        Protect::Async => None,
+        Protect::Sync(sync) => Some(bind_sync(config.nodes[own], sync.port)?),
+    };
     let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
     let metrics_port = metrics::bind(config.metrics)
         .await
@@ -140,7 +147,12 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
         mirror: tap::mirror_params(&config, &tap),
-        guard: None,
+        guard: match config.protect {
+            Protect::Async => None,
+            Protect::Sync(_) => Some(GuardParams {
+                max_flows: config.shadow.max_flows as u32,
+            }),
+        },
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -150,6 +162,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         &netif,
         &tap,
         &mut programs,
+        sync_socket,
         control,
         metrics_port,
         &mut stop,
@@ -192,6 +205,7 @@ async fn attach_and_serve(
     netif: &Netif,
     tap: &Netif,
     programs: &mut Programs,
+    sync_socket: Option<UdpSocket>,
     control: std::os::unix::net::UnixListener,
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
@@ -234,8 +248,21 @@ async fn attach_and_serve(
     let (warm, to_warm) = mpsc::channel(1024);
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
+    // 0 stands for "no session" on the wire.
+    let session = getrandom::u64()
+        .context("cannot get a random number")?
+        .max(1);
+    let link = match (&config.protect, sync_socket) {
+        (Protect::Sync(sync), Some(socket)) => Some(make_link(
+            config, own, sync, socket, session, programs, &metrics,
+        )?),
+        _ => {
+            metrics.protection.choose(Protection::Async);
+            None
+        }
+    };
     let (engine, engine_thread) = start_engine(
-        config, netif, tap, programs, &metrics, &shared, warm, took_over,
+        config, netif, tap, programs, &metrics, &shared, link, warm, took_over,
     )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
@@ -244,6 +271,7 @@ async fn attach_and_serve(
         own,
         netif,
         tap,
+        session,
         programs,
         Parts {
             engine: engine.clone(),
@@ -301,6 +329,47 @@ async fn attach_and_serve(
     Ok(())
 }
 
+fn bind_sync(node: Ipv4Addr, port: u16) -> Result<UdpSocket, Fatal> {
+    link::bind(node, port).map_err(|error| {
+        let hint = "is another rfsis-agent running, or another program on this port? Choose another `sync_port` on both nodes";
+        Fatal::Failed(anyhow::Error::from(error).context(format!("cannot listen on udp {node}:{port}; {hint}")))
+    })
+}
+
+fn make_link(
+    config: &Config,
+    own: usize,
+    sync: &SyncConfig,
+    socket: UdpSocket,
+    session: u64,
+    programs: &mut Programs,
+    metrics: &Arc<Metrics>,
+) -> Result<Link, Fatal> {
+    let (node, peer) = (config.nodes[own], config.nodes[1 - own]);
+    metrics.protection.choose(Protection::Standby);
+    Ok(Link {
+        channel: Channel::new(&config.key.0, &config.cluster, node, peer, session),
+        socket,
+        peer: SocketAddrV4::new(peer, sync.port),
+        guard: Guard::new(GuardConfig {
+            vip: config.virtual_ip,
+            timeout: sync.timeout.as_nanos() as u64,
+            max_flows: config.shadow.max_flows,
+            idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
+        }),
+        gate: KernelGuard {
+            maps: programs.guard_maps()?,
+            socket: link::release_socket(&config.interface)
+                .map_err(|error| lacks_raw(error, "a marked raw IP socket"))?,
+            metrics: Arc::clone(metrics),
+        },
+        openings: programs.take_openings()?,
+        metrics: Arc::clone(metrics),
+        peer_session: None,
+        records: Vec::new(),
+    })
+}
+
 /// Waits for a thread without blocking the runtime.
 async fn join(thread: JoinHandle<()>) {
     let _ = tokio::task::spawn_blocking(move || thread.join()).await;
@@ -338,6 +407,7 @@ fn start_engine(
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
     shared: &Arc<Shared>,
+    link: Option<Link>,
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
@@ -355,7 +425,7 @@ fn start_engine(
         max_bytes: config.shadow.max_bytes,
         idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
         mtu: netif.mtu as usize,
-        guarded: false,
+        guarded: matches!(config.protect, Protect::Sync(_)),
     })
     .map_err(anyhow::Error::from)?;
     let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;
@@ -367,6 +437,7 @@ fn start_engine(
     let engine = Engine {
         flows,
         datagrams: Datagrams::new(datagrams, metrics.datagrams_replayed.clone()),
+        link,
         effects: KernelEffects {
             socket: RawIpSocket::open(&config.interface)
                 .map_err(|error| lacks_raw(error, "a raw IP socket"))?,
@@ -419,13 +490,10 @@ fn start_pulse(
     own: usize,
     netif: &Netif,
     tap: &Netif,
+    session: u64,
     programs: &mut Programs,
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
-    // 0 stands for "no session" on the wire.
-    let session = getrandom::u64()
-        .context("cannot get a random number")?
-        .max(1);
     let node = Node::new(
         NodeConfig {
             role,

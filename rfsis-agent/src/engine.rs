@@ -17,6 +17,7 @@ use crate::bpf::{Approvals, LiveFlows, LostFlows};
 use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
+use crate::link::Link;
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::shared::Shared;
 use crate::sys::{self, RawIpSocket};
@@ -148,6 +149,8 @@ pub struct Engine {
     pub flows: Flows,
     /// UDP that waits for its answer.
     pub datagrams: Datagrams,
+    /// The sync channel and the ACK gate, with `protect: sync`.
+    pub link: Option<Link>,
     /// What they do.
     pub effects: KernelEffects,
     /// Where mirrored frames come from.
@@ -184,7 +187,7 @@ impl Engine {
         let mut next_lost = 0;
         let mut next_census = 0;
         loop {
-            let more = self.take_frames(BATCH, Nanos::MAX);
+            let mut more = self.take_frames(BATCH, Nanos::MAX);
             loop {
                 match self.inbox.commands.try_recv() {
                     Ok(Command::GoLive { at }) => {
@@ -194,6 +197,9 @@ impl Engine {
                     Ok(Command::GoStandby) => {
                         self.flows.go_standby(&mut self.effects);
                         self.datagrams.go_standby();
+                        if let Some(link) = &mut self.link {
+                            link.go_standby();
+                        }
                         next_census = 0;
                     }
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
@@ -205,6 +211,9 @@ impl Engine {
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
             }
+            if let Some(link) = &mut self.link {
+                more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
+            }
             if now >= next_lost {
                 next_lost = now + LOST_INTERVAL;
                 self.take_lost();
@@ -214,7 +223,9 @@ impl Engine {
                 next_census = now + CENSUS_INTERVAL.max(took * CENSUS_SHARE);
             }
             if !more {
+                let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_lost).min(next_census);
+                let until = until.min(link);
                 self.wait(until);
             }
         }
@@ -264,6 +275,9 @@ impl Engine {
         });
         self.datagrams
             .go_live(sys::monotonic(), |packet| self.effects.send(packet));
+        if let Some(link) = &mut self.link {
+            link.go_active(sys::monotonic());
+        }
     }
 
     fn take_held(&mut self) {
@@ -314,16 +328,24 @@ impl Engine {
         metrics
             .flows_refused
             .inc_by(refused.saturating_sub(metrics.flows_refused.get()));
+        if let Some(link) = &self.link {
+            link.count();
+        }
         sys::monotonic().saturating_sub(started)
     }
 
     fn wait(&self, until: Nanos) {
         let pause = Duration::from_nanos(until.saturating_sub(sys::monotonic()));
-        let mut fds = [
-            PollFd::new(self.frames.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.held.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.inbox.wake.as_fd(), PollFlags::POLLIN),
+        let own = [
+            self.frames.as_fd(),
+            self.held.as_fd(),
+            self.inbox.wake.as_fd(),
         ];
+        // The link's, or one of the own twice.
+        let link = self.link.as_ref().map_or([own[2]; 2], Link::fds);
+        let [a, b, c] = own;
+        let [d, e] = link;
+        let mut fds = [a, b, c, d, e].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
         let _ = self.inbox.wake.read();

@@ -23,6 +23,7 @@ pub mod flows;
 pub mod guard;
 pub mod handler;
 pub mod heartbeat;
+pub mod link;
 pub mod lockstep;
 pub mod metrics;
 pub mod netif;

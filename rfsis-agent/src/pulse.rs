@@ -329,6 +329,8 @@ impl Pulse {
     /// so on the next round.
     fn publish(&self, runner: &mut Runner) {
         let peer = self.node.peer();
+        self.shared
+            .set_session(self.node.epoch(), self.node.peer_session());
         if let Some(peer) = peer {
             self.shared.peer_heard(peer.heard_at, peer.tap_mac);
         }

@@ -27,6 +27,9 @@ pub struct Shared {
     peer_heard_at: AtomicU64,
     /// The hardware address of the peer's tap in the low 48 bits, 0 if it was never heard.
     peer_tap: AtomicU64,
+    /// The peer's session, 0 before it is proven.
+    peer_session: AtomicU64,
+    epoch: AtomicU64,
 }
 
 impl Default for Shared {
@@ -40,6 +43,8 @@ impl Default for Shared {
             census: Mutex::default(),
             peer_heard_at: AtomicU64::new(0),
             peer_tap: AtomicU64::new(0),
+            peer_session: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
         }
     }
 }
@@ -75,6 +80,23 @@ impl Shared {
         let [a, b, c, d, e, f] = tap;
         let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
         self.peer_tap.store(number, Ordering::Relaxed);
+    }
+
+    /// The node's epoch, and the peer's session once it is proven.
+    pub fn set_session(&self, epoch: u64, peer: Option<u64>) {
+        self.epoch.store(epoch, Ordering::Relaxed);
+        self.peer_session
+            .store(peer.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// The peer's session, `None` before it is proven.
+    pub fn peer_session(&self) -> Option<u64> {
+        Some(self.peer_session.load(Ordering::Relaxed)).filter(|session| *session > 0)
+    }
+
+    /// The node's epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
     }
 
     /// When the peer was heard last, ns; `None` if never.

@@ -4,7 +4,7 @@ use rfsis_common::mirror::MirrorEgress;
 
 use crate::bpf::{BpfError, MirrorParams, Programs};
 use crate::cli::Fatal;
-use crate::config::{Config, Tap};
+use crate::config::{Config, Protect, Tap};
 use crate::engine::FrameSource;
 use crate::netif::Netif;
 
@@ -67,8 +67,12 @@ pub fn frame_source(config: &Config, tap: &Netif) -> FrameSource {
 /// As [`Programs::attach_gate`] and [`Programs::attach_xdp`].
 pub fn attach(config: &Config, programs: &mut Programs) -> Result<(), BpfError> {
     let Tap::Mirror(mirror) = &config.tap else {
-        // Of an agent that died with another config.
-        return programs.remove_mirror(&config.interface);
+        return match config.protect {
+            // It tells the ACK gate's guard of new connections.
+            Protect::Sync(_) => programs.attach_mirror(&config.interface),
+            // Of an agent that died with another config.
+            Protect::Async => programs.remove_mirror(&config.interface),
+        };
     };
     programs.attach_mirror(&config.interface)?;
     if let Some(name) = &mirror.sync_interface {

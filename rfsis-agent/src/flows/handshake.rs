@@ -19,6 +19,8 @@ pub(super) struct Opening {
     pub(super) client: Options,
     /// Initial sequence number and options of the active.
     pub(super) answer: Option<(u32, Options)>,
+    /// When that was first seen.
+    pub(super) answered_at: Nanos,
     /// What the client acknowledged before the answer was seen.
     pub(super) acked: Option<u32>,
     pub(super) since: Nanos,
@@ -94,6 +96,7 @@ impl Flows {
                 client_window: segment.window,
                 client: segment.options,
                 answer: None,
+                answered_at: now,
                 acked: None,
                 since: now,
                 guarded: false,
@@ -139,6 +142,14 @@ impl Flows {
         let acked = known
             .filter(|opening| opening.client_isn == open.client_isn)
             .and_then(|opening| opening.acked);
+        // It is repeated until it is confirmed.
+        let answered_at = known
+            .filter(|opening| {
+                opening
+                    .answer
+                    .is_some_and(|(isn, _)| isn == open.active_isn)
+            })
+            .map_or(now, |opening| opening.answered_at);
         if known.is_none_or(|opening| opening.client_isn != open.client_isn) {
             self.opening_order.push_back((flow, open.client_isn));
         }
@@ -147,6 +158,7 @@ impl Flows {
             client_window: open.client_window,
             client: open.client,
             answer: Some((open.active_isn, open.active)),
+            answered_at,
             acked,
             since,
             guarded: true,
@@ -199,7 +211,8 @@ impl Flows {
 
     /// Puts a guarded flow on the list of those to be confirmed.
     pub(super) fn note_touched(&mut self, flow: FlowKey) {
-        if let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow)
+        if !self.live
+            && let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow)
             && shadow.touch()
         {
             self.touched.push(flow);
@@ -255,6 +268,7 @@ impl Flows {
         let habit = self.habits.entry(flow.service_port).or_default();
         habit.learn(&opening.client, &segment.options);
         if first {
+            opening.answered_at = now;
             // At the bound of the map the flow stays an opening, and is refused when it completes.
             fx.protect(flow);
             fx.warm(Ipv4Addr::from(flow.client_addr));
@@ -329,6 +343,7 @@ impl Flows {
             client: opening.client,
             active,
             inferred,
+            answered_at: opening.answered_at,
             guarded: opening.guarded,
         };
         self.insert_shadow(flow, handshake, now);
@@ -362,6 +377,7 @@ impl Flows {
                 client: opening.client,
                 active,
                 inferred: false,
+                answered_at: opening.answered_at,
                 guarded: opening.guarded,
             };
             self.insert_shadow(flow, handshake, now);

@@ -499,7 +499,7 @@ impl Flows {
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
-                        if shadow.go_live() {
+                        if shadow.go_live(now) {
                             speakers.push((shadow.last_activity(), flow));
                         }
                         self.bytes -= before - shadow.bytes();

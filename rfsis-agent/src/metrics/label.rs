@@ -111,6 +111,32 @@ label! {
 }
 
 label! {
+    /// What this node can promise its clients.
+    Protection {
+        /// Every byte that a client is told of is on the standby.
+        Sync = "sync",
+        /// It should be so, but no standby answers: the gate is open.
+        Degraded = "degraded",
+        /// Configured so: what the standby lacks at a takeover is lost.
+        Async = "async",
+        /// Nothing: it does not speak for the VIP.
+        Standby = "standby",
+    }
+}
+
+label! {
+    /// How the ACK gate treats a flow.
+    GuardCondition {
+        /// Its SYN-ACK waits for the standby.
+        Opening = "opening",
+        /// Its client is told of nothing that the standby lacks.
+        Guarded = "guarded",
+        /// Its client was told of more, while no standby answered.
+        Exposed = "exposed",
+    }
+}
+
+label! {
     /// The condition of a flow.
     FlowCondition {
         /// Not established yet.

@@ -23,8 +23,8 @@ use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
-    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label,
-    ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
+    DatagramResult, FlowCondition, FrameResult, GuardCondition, HeartbeatReceived, HeartbeatSent,
+    Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
@@ -122,6 +122,12 @@ pub struct Metrics {
     pub sync_received: Counters<SyncReceived>,
     /// `rfsis_sync_records_skipped_total`.
     pub sync_records_skipped: IntCounter,
+    /// `rfsis_protection{mode}`, 0 or 1.
+    pub protection: Gauges<Protection>,
+    /// `rfsis_guarded_flows{condition}`.
+    pub guarded_flows: Gauges<GuardCondition>,
+    /// `rfsis_guard_refused_total`.
+    pub guard_refused: IntCounter,
     /// `rfsis_flows{condition}`.
     pub flows: Gauges<FlowCondition>,
     /// `rfsis_flows_refused_total`.
@@ -214,6 +220,20 @@ impl Metrics {
             sync_records_skipped: family.counter(
                 "rfsis_sync_records_skipped_total",
                 "Records of the peer whose type this version does not know.",
+            )?,
+            protection: family.labelled_gauges(
+                "rfsis_protection",
+                "1 for what this node can promise the VIP's clients.",
+                "mode",
+            )?,
+            guarded_flows: family.labelled_gauges(
+                "rfsis_guarded_flows",
+                "Flows that the ACK gate knows, by condition.",
+                "condition",
+            )?,
+            guard_refused: family.counter(
+                "rfsis_guard_refused_total",
+                "New flows let go unprotected because the standby did not take them.",
             )?,
             flows: family.labelled_gauges("rfsis_flows", "Flows by condition.", "condition")?,
             flows_refused: family.counter(

@@ -174,6 +174,11 @@ impl Node {
         self.epoch
     }
 
+    /// The peer's session, once it is proven.
+    pub fn peer_session(&self) -> Option<u64> {
+        self.session.peer_session()
+    }
+
     /// What was last heard of the peer.
     pub fn peer(&self) -> Option<PeerView> {
         self.peer

@@ -52,8 +52,13 @@ impl Shadow {
     }
 
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
-    pub fn go_live(&mut self) -> bool {
+    pub fn go_live(&mut self, now: Nanos) -> bool {
         self.live = true;
+        if self.handshake.guarded
+            && let Some(clock) = &mut self.clock
+        {
+            clock.leap(now);
+        }
         // Only a handler that was not run so far can have something to write.
         let starts = matches!(self.source, Source::Active { complete: false });
         if starts {

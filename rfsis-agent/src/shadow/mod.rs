@@ -83,6 +83,8 @@ pub struct Handshake {
     pub active: Options,
     /// The SYN-ACK itself was not seen; all this is inferred from the client's first ACK.
     pub inferred: bool,
+    /// When the SYN-ACK was seen, ns.
+    pub answered_at: Nanos,
     /// The active's ACK gate guards the flow: the client is told of no byte that this shadow lacks.
     pub guarded: bool,
 }
@@ -346,7 +348,7 @@ impl Shadow {
                 .active
                 .timestamp
                 .filter(|_| handshake.timestamps())
-                .map(|(tsval, _)| TimestampClock::new(tsval, cx.now)),
+                .map(|(tsval, _)| TimestampClock::new(tsval, handshake.answered_at)),
             diverged: false,
             inferred: handshake.inferred,
             lost_since: None,
