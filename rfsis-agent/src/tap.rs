@@ -17,7 +17,7 @@ pub async fn interface(config: &Config, netif: &Netif) -> Result<Netif, Fatal> {
     let Tap::Mirror(mirror) = &config.tap else {
         return Ok(netif.clone());
     };
-    if mirror.egress != MirrorEgress::Full {
+    if mirror.egress != MirrorEgress::Full && config.protect == Protect::Async {
         tracing::warn!(
             mirror_egress = mirror.egress.as_str(),
             "the standby does not see what the active acknowledges: a lost copy stays unnoticed"

@@ -63,6 +63,8 @@ pub struct Settings {
     pub key: String,
     /// How the standby gets the VIP's frames.
     pub tap: Tap,
+    /// Whether clients' ACKs wait for the standby: `sync`, else `async`.
+    pub sync: bool,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
     /// Heartbeat interval as the config writes it.
@@ -81,6 +83,7 @@ impl Default for Settings {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
             tap: Tap::Lan,
+            sync: false,
             udp_replay: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
@@ -105,6 +108,7 @@ impl Settings {
             cluster,
             key,
             tap,
+            sync,
             udp_replay,
             interval,
             missed,
@@ -121,7 +125,7 @@ impl Settings {
              nodes: [{}]\n\
              key: {key:?}\n\
              {}\
-             protect: async\n\
+             protect: {}\n\
              {}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
@@ -129,6 +133,7 @@ impl Settings {
              services:\n",
             nodes.join(", "),
             tap.yaml(),
+            if *sync { "sync" } else { "async" },
             udp_replay.unwrap_or_default(),
         );
         for (handler, number) in [

@@ -9,7 +9,9 @@ use crate::lab::{Bridge, Lab, LabOptions, SYNC_INTERFACE};
 pub enum Wiring {
     /// The bridge floods, as a hub; tap `lan`.
     Lan,
-    /// The bridge learns, as every switch does; tap `mirror`.
+    /// The bridge learns, as every switch does; tap `mirror`, and no ACK gate.
+    MirrorAsync,
+    /// The same with the ACK gate: `protect: sync`, as by default.
     Mirror,
     /// The same, with super-frames and unfinished checksums as network cards have them.
     MirrorOffloaded,
@@ -47,9 +49,10 @@ impl Wiring {
         Settings {
             tap: match self {
                 Wiring::Lan => Tap::Lan,
-                Wiring::Mirror | Wiring::MirrorOffloaded => Tap::Mirror,
+                Wiring::MirrorAsync | Wiring::Mirror | Wiring::MirrorOffloaded => Tap::Mirror,
                 Wiring::MirrorOverSyncLink => Tap::MirrorOver(SYNC_INTERFACE),
             },
+            sync: !matches!(self, Wiring::Lan | Wiring::MirrorAsync),
             ..Settings::default()
         }
     }
