@@ -265,6 +265,7 @@ fn load_and_tell() {
         frame_ring_bytes: 4096,
         max_live_flows: 1,
         mirror: None,
+        guard: None,
     };
     let error = Programs::load(params).unwrap_err();
     println!("exit {}: {error}", error.exit_code());

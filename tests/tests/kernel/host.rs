@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use nix::time::{ClockId, clock_gettime};
-use rfsis_agent::bpf::{LoadParams, MirrorParams, Programs};
+use rfsis_agent::bpf::{GuardParams, LoadParams, MirrorParams, Programs};
 use rfsis_common::maps::{NodeState, State};
 use rfsis_common::mirror::MirrorEgress;
 use tests::patience::wait_until;
@@ -94,20 +94,32 @@ pub fn load() -> Programs {
 }
 
 pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
-    load_with(frame_ring_bytes, None)
+    load_with(frame_ring_bytes, None, None)
+}
+
+/// Programs with an ACK gate for 16 flows, and tap `lan`.
+pub fn load_guarded() -> Programs {
+    load_with(1 << 20, None, Some(GuardParams { max_flows: 16 }))
 }
 
 /// Programs that copy for a standby by this interface.
 pub fn load_mirror(interface: &str, egress: MirrorEgress) -> Programs {
+    load_with(1 << 20, Some(mirror_params(interface, egress)), None)
+}
+
+/// The same with an ACK gate for 16 flows.
+pub fn load_guarded_mirror(interface: &str) -> Programs {
+    let mirror = mirror_params(interface, MirrorEgress::Handshake);
+    load_with(1 << 20, Some(mirror), Some(GuardParams { max_flows: 16 }))
+}
+
+fn mirror_params(interface: &str, egress: MirrorEgress) -> MirrorParams {
     let (ifindex, mac) = (index_of(interface), mac_of(interface));
-    load_with(
-        1 << 20,
-        Some(MirrorParams {
-            ifindex,
-            mac,
-            egress,
-        }),
-    )
+    MirrorParams {
+        ifindex,
+        mac,
+        egress,
+    }
 }
 
 pub fn index_of(interface: &str) -> u32 {
@@ -118,7 +130,11 @@ pub fn mac_of(interface: &str) -> [u8; 6] {
     link_address(interface).addr().unwrap()
 }
 
-fn load_with(frame_ring_bytes: u32, mirror: Option<MirrorParams>) -> Programs {
+fn load_with(
+    frame_ring_bytes: u32,
+    mirror: Option<MirrorParams>,
+    guard: Option<GuardParams>,
+) -> Programs {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[SERVICE],
@@ -126,6 +142,7 @@ fn load_with(frame_ring_bytes: u32, mirror: Option<MirrorParams>) -> Programs {
         frame_ring_bytes,
         max_live_flows: 16,
         mirror,
+        guard,
     };
     Programs::load(params).unwrap_or_else(|error| panic!("{error}"))
 }
