@@ -32,7 +32,7 @@ use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
 use crate::guard::{Guard, GuardConfig};
-use crate::handler::HandlerKind;
+use crate::handler::{HandlerKind, Output};
 use crate::heartbeat::Codec;
 use crate::link::{self, KernelGuard, Link};
 use crate::metrics::{self, HeartbeatReceived, Metrics, Protection, Ring};
@@ -139,9 +139,17 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
             .map(|service| service.port)
             .collect()
     };
+    let observed: Vec<u16> = config
+        .services
+        .iter()
+        .filter(|service| service.protocol == Protocol::Tcp)
+        .filter(|service| service.handler.output() == Output::Observed)
+        .map(|service| service.port)
+        .collect();
     let mut programs = Programs::load(LoadParams {
         vip: config.virtual_ip,
         service_ports: &ports(Protocol::Tcp),
+        observed_ports: &observed,
         datagram_ports: &ports(Protocol::Udp),
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.

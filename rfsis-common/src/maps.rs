@@ -289,7 +289,8 @@ pub mod names {
     pub const APPROVED_FLOWS: &str = "APPROVED_FLOWS";
     /// `LruHashMap<FlowKey, u64>`: flows that lost a copy to a full ring, with the time, ns.
     pub const LOST_FLOWS: &str = "LOST_FLOWS";
-    /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds.
+    /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds; [`super::PRESENT`]
+    /// or [`super::OBSERVED`].
     pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
     /// `HashMap<u16, u8>`: UDP ports of the services, whose ICMP port unreachable the gate holds.
     pub const DATAGRAM_PORTS: &str = "DATAGRAM_PORTS";
@@ -333,6 +334,10 @@ pub mod names {
 
 /// Name of a flow for maps with a plain marker value.
 pub const PRESENT: u8 = 1;
+
+/// Value of a port in `SERVICE_PORTS` whose service answers what only the active knows: all that it sends
+/// is copied to the standby.
+pub const OBSERVED: u8 = 2;
 
 #[cfg(feature = "user")]
 mod pod {

@@ -9,7 +9,8 @@ use crate::maps::{Direction, MirrorPeer, NodeState};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum MirrorEgress {
-    /// What carries SYN, FIN or RST: enough to know which connections there are.
+    /// What carries SYN, FIN or RST, and what is not TCP: enough to know which connections there are, and
+    /// which datagrams were answered.
     Handshake = 0,
     /// Everything: the standby also sees what was acknowledged, and can compare content.
     Full = 1,
@@ -105,7 +106,7 @@ pub fn mirror_decide(
     }
     if matches!(frame.direction, Direction::FromVip)
         && matches!(egress, MirrorEgress::Handshake)
-        && !opens_or_ends(frame)
+        && !is_handshake(frame)
     {
         return MirrorAction::Skip(MirrorVerdict::Spared);
     }
@@ -122,12 +123,13 @@ pub fn mirror_decide(
     MirrorAction::Clone
 }
 
+/// Whether [`MirrorEgress::Handshake`] has it.
 #[inline(always)]
-fn opens_or_ends(frame: &Classified) -> bool {
+fn is_handshake(frame: &Classified) -> bool {
     const BOUNDS: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
     match frame.tcp() {
         Some(tcp) => tcp.flags & BOUNDS != 0,
-        None => false,
+        None => true,
     }
 }
 
@@ -163,11 +165,11 @@ mod tests {
             let expected = if bounds { MirrorAction::Clone } else { spared };
             assert_eq!(decide(&frame, Handshake), expected, "flags {flags:#x}");
         }
-        // A later fragment and UDP have no flags.
+        // The standby must know which datagrams were answered. Later fragments have no flags either.
         let mut udp = tcp_from_vip(SYN);
         udp[23] = 17;
         assert_eq!(decide(&udp, Full), MirrorAction::Clone);
-        assert_eq!(decide(&udp, Handshake), spared);
+        assert_eq!(decide(&udp, Handshake), MirrorAction::Clone);
     }
 
     #[test]

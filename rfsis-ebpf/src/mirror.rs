@@ -23,13 +23,13 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use rfsis_common::frame::{Classified, TcpPart, classify};
-use rfsis_common::maps::{Direction, MirrorPeer};
-use rfsis_common::mirror::{MirrorAction, MirrorVerdict, mirror_decide};
+use rfsis_common::maps::{Direction, MirrorPeer, OBSERVED};
+use rfsis_common::mirror::{MirrorAction, MirrorEgress, MirrorVerdict, mirror_decide};
 
 use crate::ack_gate;
 use crate::maps::{
-    count_mirror, has_ack_gate, mirror_egress, mirror_ifindex, mirror_peer, mirror_source,
-    node_state, sent_next, vip, worth_logging,
+    SERVICE_PORTS, count_mirror, has_ack_gate, mirror_egress, mirror_ifindex, mirror_peer,
+    mirror_source, node_state, sent_next, vip, worth_logging,
 };
 use crate::skb::{SkbFrame, is_for_this_host, is_tagged};
 
@@ -68,7 +68,11 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
             None
         }
     };
-    match mirror_decide(frame, &node_state(), now_ns, peer, mirror_egress(), known) {
+    let egress = match frame.tcp() {
+        Some(tcp) if is_observed(tcp.flow.service_port) => MirrorEgress::Full,
+        _ => mirror_egress(),
+    };
+    match mirror_decide(frame, &node_state(), now_ns, peer, egress, known) {
         MirrorAction::Ignore => true,
         MirrorAction::Skip(verdict) => {
             count_mirror(verdict);
@@ -83,6 +87,13 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
             intact
         }
     }
+}
+
+/// Whether the standby cannot compute what this port's service says.
+#[inline(always)]
+fn is_observed(port: u16) -> bool {
+    // SAFETY: one byte, which the loader wrote before the programs were attached.
+    unsafe { SERVICE_PORTS.get(port) }.is_some_and(|kind| *kind == OBSERVED)
 }
 
 /// Sends a copy, and puts the frame back as it was; the second value says whether that succeeded.

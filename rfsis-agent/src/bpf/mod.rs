@@ -23,7 +23,7 @@ use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLinkId, XdpMode as AyaXdpMode};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use rfsis_common::maps::{MirrorPeer, NodeState, PRESENT, names};
+use rfsis_common::maps::{MirrorPeer, NodeState, OBSERVED, PRESENT, names};
 use rfsis_common::mirror::MirrorEgress;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +49,8 @@ pub struct LoadParams<'a> {
     pub vip: Ipv4Addr,
     /// TCP ports of the services, whose FIN and RST the gate holds.
     pub service_ports: &'a [u16],
+    /// Those of them whose services answer what only the active knows.
+    pub observed_ports: &'a [u16],
     /// UDP ports of the services, whose ICMP port unreachable the gate holds.
     pub datagram_ports: &'a [u16],
     /// Size of the frame ring, bytes; made a power of two.
@@ -137,8 +139,9 @@ impl Programs {
         }
         let vip = u32::from(params.vip);
         let port_maps = [
-            (names::SERVICE_PORTS, params.service_ports),
-            (names::DATAGRAM_PORTS, params.datagram_ports),
+            (names::SERVICE_PORTS, params.service_ports, PRESENT),
+            (names::SERVICE_PORTS, params.observed_ports, OBSERVED),
+            (names::DATAGRAM_PORTS, params.datagram_ports, PRESENT),
         ];
         let room = |ports: &[u16]| u32::try_from(ports.len()).unwrap_or(u32::MAX).max(1);
         let (ifindex, source, egress) = match params.mirror {
@@ -164,11 +167,11 @@ impl Programs {
             .load(OBJECT)
             .map_err(|error| BpfError::new("loading the eBPF object", &error))?;
 
-        for (name, ports) in port_maps {
+        for (name, ports, kind) in port_maps {
             let mut map: HashMap<_, u16, u8> = HashMap::try_from(map_mut(&mut ebpf, name)?)
                 .map_err(|error| BpfError::new(format!("opening map {name}"), &error))?;
             for port in ports {
-                map.insert(port, PRESENT, 0)
+                map.insert(port, kind, 0)
                     .map_err(|error| BpfError::new(format!("filling map {name}"), &error))?;
             }
         }

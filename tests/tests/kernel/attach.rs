@@ -261,6 +261,7 @@ fn load_and_tell() {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[],
+        observed_ports: &[],
         datagram_ports: &[],
         frame_ring_bytes: 4096,
         max_live_flows: 1,

@@ -138,6 +138,7 @@ fn load_with(
     let params = LoadParams {
         vip: VIP,
         service_ports: &[SERVICE],
+        observed_ports: &[],
         datagram_ports: &[SERVICE],
         frame_ring_bytes,
         max_live_flows: 16,
