@@ -98,7 +98,7 @@ impl Segment {
     }
 
     /// From the client.
-    fn from_client(&self) -> Vec<u8> {
+    fn client_frame(&self) -> Vec<u8> {
         let mut frame = self.to_vip();
         let sum = !folded(&[&pseudo_header(frame.len() - 34)[..], &frame[34..]].concat());
         frame[50..52].copy_from_slice(&sum.to_be_bytes());
@@ -661,7 +661,7 @@ fn a_kernels_own_segments_are_told_apart_and_their_checksums_left_to_the_device(
         // Without timestamps, though they were agreed on: the kernel would compare them with its own.
         let say = |seq, ack, flags, options: &[u8], data: &[u8]| {
             let segment = pure(ack, 64_000).seq(seq).flags(flags);
-            transmit(&lan, &segment.options(&[options]).data(data).from_client());
+            transmit(&lan, &segment.options(&[options]).data(data).client_frame());
         };
         let room = Confirmation::new(FIRST, FIRST + (1 << 20));
         gate.open_flow(room);
