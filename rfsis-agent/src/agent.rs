@@ -279,9 +279,9 @@ async fn attach_and_serve(
         own,
         netif,
         tap,
-        session,
         programs,
         Parts {
+            session,
             engine: engine.clone(),
             services: services_state,
             metrics: Arc::clone(&metrics),
@@ -485,6 +485,7 @@ fn lacks_raw(error: io::Error, what: &str) -> Fatal {
 
 /// What the heartbeat thread talks to.
 struct Parts {
+    session: u64,
     engine: EngineHandle,
     services: watch::Sender<State>,
     metrics: Arc<Metrics>,
@@ -498,7 +499,6 @@ fn start_pulse(
     own: usize,
     netif: &Netif,
     tap: &Netif,
-    session: u64,
     programs: &mut Programs,
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
@@ -513,7 +513,7 @@ fn start_pulse(
             missed: config.heartbeat.missed,
             lease: config.heartbeat.lease,
             startup_grace: config.heartbeat.startup_grace,
-            session,
+            session: parts.session,
         },
         sys::monotonic(),
     );

@@ -19,6 +19,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::Ipv4Addr;
 
 use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release, sent_flags};
+use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
@@ -50,8 +51,12 @@ const MAX_SYNS: usize = 16_384;
 const RESET_LINGER: Nanos = 2 * SECOND;
 const FIN_LINGER: Nanos = 60 * SECOND;
 
-/// Flows that are asked for in one tick after a silence of the standby.
+/// Flows that are asked for at once.
 const ASK_AT_ONCE: usize = 256;
+
+/// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
+/// handshake may never have been completed, and the standby's word of that may be lost, ns.
+const QUIET: Nanos = 200 * SECOND;
 
 /// Bounds and surroundings.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +149,8 @@ struct Flow {
     phase: Phase,
     confirmation: Confirmation,
     recheck: bool,
+    /// When the standby was heard of it, or asked for it.
+    known_at: Nanos,
 }
 
 /// Guards the flows of an active node.
@@ -372,6 +379,7 @@ impl Guard {
                 },
                 confirmation: Confirmation::default(),
                 recheck: false,
+                known_at: now,
             },
         );
         self.records.push(Record::Open(open));
@@ -385,7 +393,7 @@ impl Guard {
         match record {
             Record::Confirm(confirm) => self.process_confirm(confirm, now, fx),
             Record::Refuse { flow, client_isn } if self.is(flow, *client_isn) => {
-                self.refused += 1;
+                self.refused += u64::from(self.is_opening(flow));
                 self.let_go(*flow, fx);
                 self.forget(*flow, fx);
             }
@@ -403,6 +411,11 @@ impl Guard {
             .is_some_and(|known| known.client_isn == client_isn)
     }
 
+    fn is_opening(&self, flow: &FlowKey) -> bool {
+        let phase = self.flows.get(flow).map(|flow| &flow.phase);
+        matches!(phase, Some(Phase::Opening { .. }))
+    }
+
     fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
         let Some(flow) = self.flows.get_mut(&confirm.flow) else {
             return;
@@ -410,6 +423,7 @@ impl Guard {
         if flow.client_isn != confirm.client_isn {
             return;
         }
+        flow.known_at = now;
         let fresh = Confirmation::new(confirm.ack, confirm.edge);
         if let Phase::Opening { open, answer, .. } = &flow.phase {
             let window = window_of(answer);
@@ -664,7 +678,8 @@ impl Guard {
 
     fn sweep(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
         let mut ended = Vec::new();
-        for (key, flow) in &self.flows {
+        let mut asked = 0;
+        for (key, flow) in &mut self.flows {
             if matches!(flow.phase, Phase::Opening { .. }) {
                 continue;
             }
@@ -677,6 +692,18 @@ impl Guard {
                 || quiet > self.config.idle_timeout
             {
                 ended.push((*key, flow.client_isn));
+            } else if quiet > QUIET
+                && now.saturating_sub(flow.known_at) > QUIET
+                && self.guarding
+                && asked < ASK_AT_ONCE
+            {
+                asked += 1;
+                flow.known_at = now;
+                self.records.push(Record::Told {
+                    flow: *key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
             }
         }
         for (flow, client_isn) in ended {
@@ -766,6 +793,12 @@ fn acknowledgement(
     };
     let mut bytes = Vec::with_capacity(80);
     let to = Ipv4Addr::from(flow.client_addr);
-    emit_packet(&mut bytes, vip, to, &repr, &ChecksumCapabilities::default());
+    let caps = ChecksumCapabilities::default();
+    emit_packet(&mut bytes, vip, to, &repr, &caps);
+    if release.ece {
+        // Behind an IPv4 header without options; smoltcp knows no ECN (RFC 3168 section 6.1.3).
+        bytes[20 + 13] |= tcp_flags::ECE;
+        segment::complete_checksum(&mut bytes);
+    }
     bytes
 }

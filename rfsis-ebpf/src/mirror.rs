@@ -70,6 +70,8 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
     };
     let egress = match frame.tcp() {
         Some(tcp) if is_observed(tcp.flow.service_port) => MirrorEgress::Full,
+        // The standby must know which flows it does not protect.
+        Some(tcp) if has_ack_gate() && sent_next(tcp.flow).is_none() => MirrorEgress::Full,
         _ => mirror_egress(),
     };
     match mirror_decide(frame, &node_state(), now_ns, peer, egress, known) {

@@ -235,10 +235,14 @@ impl Flows {
     }
 
     pub(super) fn forget_opening(&mut self, flow: FlowKey, fx: &mut impl Effects) {
-        if let Some(opening) = self.openings.remove(&flow)
-            && opening.answer.is_some()
-            && !self.flows.contains_key(&flow)
-        {
+        let Some(opening) = self.openings.remove(&flow) else {
+            return;
+        };
+        if opening.guarded && !self.live {
+            let client_isn = opening.client_isn;
+            self.tells.push(Record::Close { flow, client_isn });
+        }
+        if opening.answer.is_some() && !self.flows.contains_key(&flow) {
             fx.release(flow);
         }
     }

@@ -207,6 +207,23 @@ impl Lab {
         lab
     }
 
+    /// The standby's agent is another one from now on.
+    pub fn restart_standby(&mut self) {
+        let now = self.now;
+        let config = FlowsConfig {
+            guarded: true,
+            ..config()
+        };
+        self.flows = Flows::new(config).unwrap();
+        self.world.live.clear();
+        if let Some(gate) = &mut self.gate {
+            gate.maps.now = now;
+            gate.channel.clear();
+            gate.guard.peer_changed(&mut gate.maps);
+        }
+        self.run_gate();
+    }
+
     /// What the active's kernel sends goes through its gate.
     pub(super) fn leave_active(&mut self, packet: Vec<u8>) {
         let now = self.now;
@@ -254,9 +271,10 @@ impl Lab {
         match (&self.gate, direction) {
             (None, _) => true,
             (Some(gate), Direction::ToVip) => gate.copies(packet),
-            (Some(_), Direction::FromVip) => {
-                let (_, segment) = parse(packet, direction).unwrap();
-                segment.syn || segment.fin || segment.rst
+            (Some(gate), Direction::FromVip) => {
+                let (flow, segment) = parse(packet, direction).unwrap();
+                let bounds = segment.syn || segment.fin || segment.rst;
+                bounds || !gate.maps.guarded.contains_key(&flow)
             }
         }
     }

@@ -205,3 +205,62 @@ fn a_flow_opened_while_the_standby_is_silent_is_unprotected() {
     assert_eq!(report.resets, [(ResetReason::Unprotected, 1)]);
     lab.settle();
 }
+
+/// A handshake that is never completed holds no slot for good, and no flow of the standby's.
+#[test]
+fn half_open_handshakes_are_forgotten_on_both_nodes() {
+    for sync_loss in [0, 1000] {
+        let mut lab = Lab::guarded(8);
+        lab.lose = Box::new(|segment, direction| {
+            direction == Direction::ToVip && segment.ack.is_some() && !segment.syn
+        });
+        lab.connect(Plan::echo(10), Tweaks::default());
+        lab.run_for(100 * MS);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!(census.guarded, 1);
+        lab.run_for(120 * SECOND);
+        // The word of it is lost: then it is asked for.
+        lab.gate.as_mut().unwrap().sync_loss = sync_loss;
+        lab.run_for(20 * SECOND);
+        assert!(lab.flows.openings.is_empty());
+        lab.gate.as_mut().unwrap().sync_loss = 0;
+        lab.run_for(210 * SECOND);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!((census.guarded, census.exposed, census.opening), (0, 0, 0));
+    }
+}
+
+/// An idle connection is asked for now and then, and stays what it is.
+#[test]
+fn an_idle_flow_stays_guarded() {
+    let mut lab = Lab::guarded(9);
+    let conn = lab.connect(Plan::echo(200).typed(100, 1000 * SECOND), Tweaks::default());
+    lab.run_for(900 * SECOND);
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.refused), (1, 0));
+    assert_eq!(lab.conns[conn].got, 100);
+    lab.fail_over(30 * MS);
+    lab.run_for(300 * SECOND);
+    assert_eq!(lab.conns[conn].got, 200);
+}
+
+/// Its agent was started anew: what ran before goes on unprotected, what comes is guarded.
+#[test]
+fn a_restarted_standby_knows_no_flow_and_learns_the_new_ones() {
+    let mut lab = Lab::guarded(10);
+    let old = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+    assert!(lab.run_until(SECOND, |lab| lab.conns[old].got >= 20_000));
+    lab.restart_standby();
+    lab.run_for(50 * MS);
+    let new = lab.connect(Plan::echo(50_000).typed(100, MS), Tweaks::default());
+    assert!(lab.run_until(SECOND, |lab| lab.conns[new].got >= 5_000));
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.exposed), (1, 0));
+    let before = lab.conns[old].got;
+    assert!(lab.run_until(SECOND, |lab| lab.conns[old].got >= before + 20_000));
+    let report = lab.fail_over(30 * MS);
+    assert_eq!(report.live, 1);
+    assert_eq!(report.resets, [(ResetReason::Unprotected, 1)]);
+    lab.settle();
+    assert!(lab.conns[old].reset && !lab.conns[new].reset);
+}
