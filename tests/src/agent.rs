@@ -365,6 +365,18 @@ impl Agent {
         )
     }
 
+    /// Waits until the ACK gate guards, if there is one.
+    ///
+    /// # Panics
+    /// When it does not come to that.
+    pub fn wait_not_degraded(&self) {
+        wait_until(
+            "a standby that confirms",
+            || self.metrics(),
+            |scrape| scrape.sum("rfsis_protection", &[("mode", "degraded")]) == 0.0,
+        );
+    }
+
     /// GET of a path on the metrics port: status code and body.
     ///
     /// # Errors
@@ -463,6 +475,7 @@ impl Pair {
                     && status["peer"]["state"] == peer
             });
         }
+        primary.wait_not_degraded();
         Self { primary, backup }
     }
 

@@ -7,7 +7,7 @@ use tests::client::{connect, echo_exactly};
 use tests::forge::malformed;
 use tests::lab::SYNC_INTERFACE;
 use tests::wire::Wire;
-use tests::{Agent, Bridge, Capture, Death, Host, Lab, LabOptions, Pair, Typist, Wiring};
+use tests::{Agent, Bridge, Capture, Death, Host, Lab, LabOptions, Pair, Settings, Typist, Wiring};
 
 const COPIES: &str = "rfsis_mirror_packets_total";
 const CLONED: [(&str, &str); 1] = [("verdict", "cloned")];
@@ -22,12 +22,13 @@ fn wait_until_they_hear_each_other(pair: &Pair) {
             let states = [&status["state"], &status["peer"]["state"]];
             status["ready"] == true && states.contains(&&"active".into()) && states[0] != states[1]
         });
+        agent.wait_not_degraded();
     }
 }
 
 #[test]
 fn a_switch_shows_the_client_no_copy_and_the_metrics_count_them() {
-    let wiring = Wiring::Mirror;
+    let wiring = Wiring::MirrorAsync;
     let lab = wiring.lab();
     let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
@@ -64,7 +65,12 @@ fn copies_of_super_frames_reach_the_standby_as_segments_with_good_checksums() {
     const TOTAL: u64 = 8 << 20;
     let wiring = Wiring::MirrorOffloaded;
     let lab = wiring.lab();
-    let pair = Pair::start(&lab, &wiring.settings());
+    // So that what the active sends is copied, too.
+    let settings = Settings {
+        sync: false,
+        ..wiring.settings()
+    };
+    let pair = Pair::start(&lab, &settings);
     let stream = connect(&lab, port::ECHO).unwrap();
     let progress = AtomicU64::new(0);
     let copied = || pair.primary.metrics().sum(COPIES, &CLONED);
