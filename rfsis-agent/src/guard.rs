@@ -18,7 +18,9 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::Ipv4Addr;
 
-use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release, sent_flags};
+use rfsis_common::ack_gate::{
+    Confirmation, Guarded, OpeningKind, Release, Sent, release, sent_flags,
+};
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey};
 use smoltcp::phy::ChecksumCapabilities;
@@ -50,6 +52,11 @@ const MAX_SYNS: usize = 16_384;
 /// is between it and the kernel.
 const RESET_LINGER: Nanos = 2 * SECOND;
 const FIN_LINGER: Nanos = 60 * SECOND;
+
+/// So many flows are looked at in each of these times, ns, whether they have ended: a look is two system
+/// calls, and clients wait meanwhile.
+const SWEEP_AT_ONCE: usize = 128;
+const SWEEP_PAUSE: Nanos = 20 * MS;
 
 /// Flows that are asked for at once.
 const ASK_AT_ONCE: usize = 256;
@@ -119,7 +126,7 @@ pub struct GuardCensus {
     pub refused: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Syn {
     isn: u32,
     window: u16,
@@ -153,6 +160,32 @@ struct Flow {
     known_at: Nanos,
 }
 
+impl Flow {
+    fn new(slot: u32, open: &Open, phase: Phase, now: Nanos) -> Self {
+        let scaled = open.client.window_scale.is_some();
+        Self {
+            slot,
+            client_isn: open.client_isn,
+            active_isn: open.active_isn,
+            // Counts only where both announced it (RFC 7323 section 2.2).
+            shift: open.active.window_scale.filter(|_| scaled).unwrap_or(0),
+            sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
+            phase,
+            confirmation: Confirmation::default(),
+            recheck: false,
+            known_at: now,
+        }
+    }
+
+    fn guarded(&self) -> Guarded {
+        Guarded {
+            slot: self.slot,
+            client_isn: self.client_isn,
+            shift: u32::from(self.shift),
+        }
+    }
+}
+
 /// Guards the flows of an active node.
 #[derive(Debug)]
 pub struct Guard {
@@ -162,6 +195,8 @@ pub struct Guard {
     heard_at: Option<Nanos>,
     next_tick: Nanos,
     next_sweep: Nanos,
+    /// Flows that are still to be looked at in this round.
+    to_sweep: Vec<FlowKey>,
     ping: bool,
     /// When the first ping was sent that is not answered yet.
     pinged_at: Nanos,
@@ -191,6 +226,7 @@ impl Guard {
             heard_at: None,
             next_tick: 0,
             next_sweep: 0,
+            to_sweep: Vec::new(),
             ping: false,
             pinged_at: 0,
             syns: HashMap::new(),
@@ -276,23 +312,28 @@ impl Guard {
 
     // ---- openings ------------------------------------------------------------------------------
 
-    /// The gate reports the headers of a SYN that came in, or of a SYN-ACK that it holds.
+    /// The gate reports the headers of a SYN that came in, or of a SYN-ACK.
     pub fn process_opening(
         &mut self,
         packet: &[u8],
-        direction: Direction,
+        kind: OpeningKind,
         now: Nanos,
         fx: &mut impl GuardEffects,
     ) {
         if !self.active {
             return;
         }
+        let direction = match kind {
+            OpeningKind::Syn => Direction::ToVip,
+            OpeningKind::Held | OpeningKind::Passed => Direction::FromVip,
+        };
         let Ok((flow, segment)) = segment::parse_headers(packet, direction) else {
             return;
         };
-        match direction {
-            Direction::ToVip => self.process_syn(flow, &segment),
-            Direction::FromVip => {
+        match kind {
+            OpeningKind::Syn => self.process_syn(flow, &segment),
+            OpeningKind::Passed => self.process_passed(flow, &segment, now, fx),
+            OpeningKind::Held => {
                 let mut packet = packet.to_vec();
                 segment::complete_checksum(&mut packet);
                 self.process_syn_ack(flow, &segment, packet, now, fx);
@@ -332,12 +373,9 @@ impl Guard {
             return;
         }
         // Without its SYN the client's options are not known: the client repeats it.
-        let Some(syn) = self.syns.get(&flow) else {
+        let Some(syn) = self.syn_of(flow, segment) else {
             return;
         };
-        if segment.ack != Some(syn.isn.wrapping_add(1)) {
-            return;
-        }
         if let Some(known) = self.flows.get_mut(&flow)
             && known.client_isn == syn.isn
             && known.active_isn == segment.seq
@@ -362,28 +400,59 @@ impl Guard {
             fx.send(&packet);
             return;
         };
-        let scaled = open.client.window_scale.is_some();
-        self.flows.insert(
-            flow,
-            Flow {
-                slot,
-                client_isn: open.client_isn,
-                active_isn: open.active_isn,
-                shift: segment.options.window_scale.filter(|_| scaled).unwrap_or(0),
-                sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
-                phase: Phase::Opening {
-                    open: Box::new(open),
-                    answer: packet,
-                    since: now,
-                    pause: REPEAT,
-                },
-                confirmation: Confirmation::default(),
-                recheck: false,
-                known_at: now,
-            },
-        );
+        let phase = Phase::Opening {
+            open: Box::new(open),
+            answer: packet,
+            since: now,
+            pause: REPEAT,
+        };
+        self.flows.insert(flow, Flow::new(slot, &open, phase, now));
         self.records.push(Record::Open(open));
         self.repeats.insert((now + REPEAT, flow));
+    }
+
+    fn syn_of(&self, flow: FlowKey, answer: &Segment<'_>) -> Option<Syn> {
+        let syn = self.syns.get(&flow)?;
+        (answer.ack == Some(syn.isn.wrapping_add(1))).then_some(*syn)
+    }
+
+    /// A SYN-ACK left while the gate was open. The flow is noted from its first byte on, so that it can be
+    /// guarded once the standby has caught up with what its client was told.
+    fn process_passed(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        let Some(syn) = self.syn_of(flow, segment) else {
+            return;
+        };
+        let open = Open {
+            flow,
+            client_isn: syn.isn,
+            active_isn: segment.seq,
+            client_window: syn.window,
+            client: syn.options,
+            active: segment.options,
+        };
+        self.forget(flow, fx);
+        let Some(slot) = self.free.pop_front() else {
+            self.refused += 1;
+            return;
+        };
+        let known = Flow::new(slot, &open, Phase::Exposed, now);
+        let guarded = known.guarded();
+        self.flows.insert(flow, known);
+        self.syns.remove(&flow);
+        let sent = Sent::new(syn.isn, segment.seq, segment.window);
+        if !(fx.start(slot, sent)
+            && fx.confirm(slot, Confirmation::OPEN)
+            && fx.publish(flow, guarded))
+        {
+            self.refused += 1;
+            self.forget(flow, fx);
+        }
     }
 
     // ---- what the standby says -----------------------------------------------------------------
@@ -427,11 +496,7 @@ impl Guard {
         let fresh = Confirmation::new(confirm.ack, confirm.edge);
         if let Phase::Opening { open, answer, .. } = &flow.phase {
             let window = window_of(answer);
-            let guarded = Guarded {
-                slot: flow.slot,
-                client_isn: flow.client_isn,
-                shift: u32::from(flow.shift),
-            };
+            let guarded = flow.guarded();
             let ready = fx.start(
                 flow.slot,
                 Sent::new(open.client_isn, open.active_isn, window),
@@ -447,7 +512,11 @@ impl Guard {
             }
             return;
         }
-        let known = flow.confirmation;
+        // Of a flow that was exposed from its start nothing is known yet.
+        let known = match flow.confirmation {
+            none if none == Confirmation::default() => fresh,
+            known => known,
+        };
         let merged = Confirmation::new(
             later(known.ack(), fresh.ack()),
             later(known.edge(), fresh.edge()),
@@ -551,7 +620,7 @@ impl Guard {
             self.repeat(key, now, fx);
         }
         if now >= self.next_sweep {
-            self.next_sweep = now + SECOND;
+            self.next_sweep = now + SWEEP_PAUSE;
             self.sweep(now, fx);
         }
     }
@@ -677,9 +746,15 @@ impl Guard {
     }
 
     fn sweep(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if self.to_sweep.is_empty() {
+            self.to_sweep.extend(self.flows.keys());
+        }
+        let rest = self.to_sweep.len().saturating_sub(SWEEP_AT_ONCE);
         let mut ended = Vec::new();
-        let mut asked = 0;
-        for (key, flow) in &mut self.flows {
+        for key in self.to_sweep.split_off(rest) {
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
             if matches!(flow.phase, Phase::Opening { .. }) {
                 continue;
             }
@@ -691,16 +766,11 @@ impl Guard {
                 || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > FIN_LINGER)
                 || quiet > self.config.idle_timeout
             {
-                ended.push((*key, flow.client_isn));
-            } else if quiet > QUIET
-                && now.saturating_sub(flow.known_at) > QUIET
-                && self.guarding
-                && asked < ASK_AT_ONCE
-            {
-                asked += 1;
+                ended.push((key, flow.client_isn));
+            } else if quiet > QUIET && now.saturating_sub(flow.known_at) > QUIET && self.guarding {
                 flow.known_at = now;
                 self.records.push(Record::Told {
-                    flow: *key,
+                    flow: key,
                     client_isn: flow.client_isn,
                     ack: sent.told,
                 });

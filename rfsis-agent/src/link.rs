@@ -6,8 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use aya::maps::{MapData, RingBuf};
-use rfsis_common::ack_gate::{Confirmation, Guarded, OpeningEvent, RELEASE_MARK, Sent};
-use rfsis_common::maps::{Direction, FlowKey};
+use rfsis_common::ack_gate::{
+    Confirmation, Guarded, OpeningEvent, OpeningKind, RELEASE_MARK, Sent,
+};
+use rfsis_common::maps::FlowKey;
 
 use crate::bpf::GuardMaps;
 use crate::flows::{Effects, Flows};
@@ -246,13 +248,11 @@ impl Link {
                 continue;
             };
             drop(entry);
-            let direction = if event.direction == Direction::ToVip as u32 {
-                Direction::ToVip
-            } else {
-                Direction::FromVip
+            let Some(kind) = OpeningKind::from_u32(event.kind) else {
+                continue;
             };
             self.guard
-                .process_opening(event.packet(), direction, now, &mut self.gate);
+                .process_opening(event.packet(), kind, now, &mut self.gate);
         }
         true
     }

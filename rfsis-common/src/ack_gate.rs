@@ -534,7 +534,31 @@ pub const fn is_opening(tcp: &TcpPart) -> bool {
 /// Most bytes of headers that an [`OpeningEvent`] holds: IPv4 and TCP with all options.
 pub const OPENING_CAPTURE: usize = 120;
 
-/// An entry of the ring `OPENINGS`: a SYN that came in, or a SYN-ACK that the gate holds.
+/// What an [`OpeningEvent`] reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum OpeningKind {
+    /// A SYN that came in.
+    Syn = 0,
+    /// A SYN-ACK that waits for the standby: dropped, to be sent by the agent.
+    Held = 1,
+    /// A SYN-ACK that left, because the gate is open.
+    Passed = 2,
+}
+
+impl OpeningKind {
+    /// The kind with this number, if there is one.
+    pub const fn from_u32(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(OpeningKind::Syn),
+            1 => Some(OpeningKind::Held),
+            2 => Some(OpeningKind::Passed),
+            _ => None,
+        }
+    }
+}
+
+/// An entry of the ring `OPENINGS`: a SYN that came in, or a SYN-ACK.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct OpeningEvent {
@@ -544,8 +568,8 @@ pub struct OpeningEvent {
     pub flow: FlowKey,
     /// Valid bytes of `packet`.
     pub len: u32,
-    /// [`crate::maps::Direction`] as a number: a SYN comes in, a SYN-ACK goes out.
-    pub direction: u32,
+    /// [`OpeningKind`] as a number.
+    pub kind: u32,
     /// IPv4 and TCP headers.
     pub packet: [u8; OPENING_CAPTURE],
 }
@@ -558,7 +582,7 @@ impl OpeningEvent {
             at_ns: u64_at(header, 0)?,
             flow: FlowKey::read(header, 8)?,
             len: u32_at(header, 16)?,
-            direction: u32_at(header, 20)?,
+            kind: u32_at(header, 20)?,
             packet: *rest.first_chunk()?,
         };
         (event.len as usize <= OPENING_CAPTURE).then_some(event)

@@ -10,11 +10,10 @@ use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
 use aya_log_ebpf::warn;
 use core::ptr::{read_volatile, write_volatile};
 use rfsis_common::ack_gate::{
-    AckDecision, AckGateVerdict, AckVerdict, Guarded, OPENING_CAPTURE, OpeningEvent, Outgoing,
-    RELEASE_MARK, Sent, ack_decide, is_opening, note_open, note_release, syn_ack_decide,
+    AckDecision, AckGateVerdict, AckVerdict, Guarded, OPENING_CAPTURE, OpeningEvent, OpeningKind,
+    Outgoing, RELEASE_MARK, Sent, ack_decide, is_opening, note_open, note_release, syn_ack_decide,
 };
 use rfsis_common::frame::{Classified, TcpPart, tcp_flags};
-use rfsis_common::maps::Direction;
 use rfsis_common::options::{TcpOptions, tcp_options};
 
 use crate::maps::{
@@ -52,7 +51,7 @@ pub fn admit(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
     )
 }
 
-/// Reports a SYN that came in for a service, while the gate guards.
+/// Reports a SYN that came in for a service.
 #[inline(always)]
 pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
     if !has_ack_gate() {
@@ -61,11 +60,7 @@ pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
     let Some(tcp) = frame.tcp() else {
         return;
     };
-    if is_opening(tcp)
-        && is_guarding()
-        && is_service(tcp)
-        && !report(ctx, frame, tcp, Direction::ToVip, now_ns)
-    {
+    if is_opening(tcp) && is_service(tcp) && !report(ctx, frame, tcp, OpeningKind::Syn, now_ns) {
         count(ctx, AckGateVerdict::OpeningLost);
     }
 }
@@ -91,7 +86,10 @@ fn judge_unknown(
     tcp: &TcpPart,
     now_ns: u64,
 ) -> AckGateVerdict {
-    if is_syn_ack(tcp) {
+    if mark(ctx) == RELEASE_MARK {
+        // A SYN-ACK that the standby did not take.
+        AckGateVerdict::Released
+    } else if is_syn_ack(tcp) {
         open(ctx, frame, tcp, None, now_ns)
     } else {
         AckGateVerdict::Unguarded
@@ -125,7 +123,7 @@ fn judge_guarded(
     let mut after = before;
     after.at_ns = now_ns;
     let confirmed = match confirmation(guarded.slot) {
-        Some(confirmed) if is_guarding() => confirmed,
+        Some(confirmed) if is_guarding() && !confirmed.is_open() => confirmed,
         _ => {
             note_open(&segment, &mut after, guarded.shift);
             store(slot, &before, &after);
@@ -168,8 +166,13 @@ fn open(
         let _ = GUARDED.remove(tcp.flow);
     }
     match verdict {
-        AckGateVerdict::Opening if !report(ctx, frame, tcp, Direction::FromVip, now_ns) => {
+        AckGateVerdict::Opening if !report(ctx, frame, tcp, OpeningKind::Held, now_ns) => {
             AckGateVerdict::OpeningLost
+        }
+        AckGateVerdict::Open => {
+            // Lost, the flow stays unprotected.
+            report(ctx, frame, tcp, OpeningKind::Passed, now_ns);
+            AckGateVerdict::Open
         }
         verdict => verdict,
     }
@@ -181,7 +184,7 @@ fn report(
     ctx: &TcContext,
     frame: &Classified,
     tcp: &TcpPart,
-    direction: Direction,
+    kind: OpeningKind,
     at_ns: u64,
 ) -> bool {
     let Some(mut event) = OPENINGS.reserve::<OpeningEvent>(0) else {
@@ -195,7 +198,7 @@ fn report(
         (&raw mut (*event_ptr).at_ns).write(at_ns);
         (&raw mut (*event_ptr).flow).write(tcp.flow);
         (&raw mut (*event_ptr).len).write(len);
-        (&raw mut (*event_ptr).direction).write(direction as u32);
+        (&raw mut (*event_ptr).kind).write(kind as u32);
         copy(
             ctx,
             frame.l3_offset,

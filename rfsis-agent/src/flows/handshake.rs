@@ -185,7 +185,11 @@ impl Flows {
     /// or not. Answered by a confirmation; returns whether the flow is known.
     pub fn process_told(&mut self, flow: FlowKey, client_isn: u32, ack: u32) -> bool {
         match self.flows.get_mut(&flow) {
-            Some(Flow::Shadow(shadow)) if shadow.handshake().client_isn == client_isn => {
+            Some(Flow::Shadow(shadow))
+                if shadow.handshake().client_isn == client_isn && !shadow.handshake().inferred =>
+            {
+                // It may have been opened while nobody guarded it.
+                shadow.guard();
                 shadow.note_told(ack);
                 self.note_touched(flow);
                 true

@@ -9,11 +9,11 @@ use aya::maps::{MapData, RingBuf};
 use nix::sys::socket::{MsgFlags, send};
 use rfsis_agent::bpf::{Counters, GuardMaps, Programs};
 use rfsis_common::ack_gate::{
-    AckGateVerdict, Confirmation, Guarded, OPENING_CAPTURE, OpeningEvent, RELEASE_MARK, Sent,
-    release,
+    AckGateVerdict, Confirmation, Guarded, OPENING_CAPTURE, OpeningEvent, OpeningKind,
+    RELEASE_MARK, Sent, release,
 };
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
-use rfsis_common::maps::{Direction, MirrorPeer, State};
+use rfsis_common::maps::{MirrorPeer, State};
 use rfsis_common::mirror::MirrorVerdict;
 
 use tests::patience::wait_until;
@@ -460,7 +460,7 @@ fn a_syn_ack_is_held_and_reported_until_the_standby_knows_the_flow() {
         gate.expect("unknown", &frame, 0, Opening, None);
         let event = next_opening(&mut ring);
         assert_eq!(event.flow, FLOW);
-        assert_eq!(event.direction, Direction::FromVip as u32);
+        assert_eq!(event.kind, OpeningKind::Held as u32);
         assert_eq!(event.packet(), &frame[14..]);
         assert!(now_ns() - event.at_ns < 1_000_000_000);
 
@@ -497,6 +497,13 @@ fn a_syn_ack_is_held_and_reported_until_the_standby_knows_the_flow() {
 
         gate.maps.set_mode(false).unwrap();
         gate.expect("open", &frame, 0, Open, Some(&frame));
+        let event = next_opening(&mut ring);
+        assert_eq!(event.flow, FLOW);
+        assert_eq!(event.kind, OpeningKind::Passed as u32);
+
+        gate.maps.set_mode(true).unwrap();
+        let released = AckGateVerdict::Released;
+        gate.expect("not taken", &frame, RELEASE_MARK, released, Some(&frame));
         assert!(ring.next().is_none());
     });
 }
@@ -545,7 +552,7 @@ fn transmit(socket: &OwnedFd, frame: &[u8]) {
 }
 
 #[test]
-fn a_syn_that_comes_in_is_reported_while_the_gate_guards() {
+fn a_syn_that_comes_in_is_reported_whether_or_not_the_gate_guards() {
     in_namespace(|| {
         veth(1500);
         run("ip link set eth0 address 02:00:00:00:00:01");
@@ -558,7 +565,7 @@ fn a_syn_that_comes_in_is_reported_while_the_gate_guards() {
         transmit(&lan, &syn);
         let event = next_opening(&mut ring);
         assert_eq!(event.flow, FLOW);
-        assert_eq!(event.direction, Direction::ToVip as u32);
+        assert_eq!(event.kind, OpeningKind::Syn as u32);
         assert_eq!(event.packet(), &syn[14..]);
 
         let mut to_other_port = syn.clone();
@@ -578,7 +585,7 @@ fn a_syn_that_comes_in_is_reported_while_the_gate_guards() {
         }
         gate.maps.set_mode(false).unwrap();
         transmit(&lan, &syn);
-        assert!(ring.next().is_none(), "the gate is open");
+        assert_eq!(next_opening(&mut ring).kind, OpeningKind::Syn as u32);
     });
 }
 

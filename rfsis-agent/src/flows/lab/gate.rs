@@ -3,7 +3,7 @@
 //! The gate's maps are a model; what decides is [`rfsis_common::ack_gate`], as in the kernel.
 
 use rfsis_common::ack_gate::{
-    AckVerdict, Confirmation, Guarded, Outgoing, Sent, ack_decide, note_release,
+    AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide, note_release,
 };
 use rfsis_common::frame::tcp_flags;
 
@@ -117,13 +117,18 @@ impl Gate {
         let known = self.maps.guarded.get(&flow).copied();
         if segment.syn {
             let this = known.is_some_and(|g| segment.ack == Some(g.client_isn.wrapping_add(1)));
-            if this || !self.maps.guarding {
+            if this {
                 return Some(packet.to_vec());
             }
+            let kind = if self.maps.guarding {
+                OpeningKind::Held
+            } else {
+                OpeningKind::Passed
+            };
             let now = self.maps.now;
             self.guard
-                .process_opening(packet, Direction::FromVip, now, &mut self.maps);
-            return None;
+                .process_opening(packet, kind, now, &mut self.maps);
+            return (kind == OpeningKind::Passed).then(|| packet.to_vec());
         }
         let Some(guarded) = known else {
             return Some(packet.to_vec());
@@ -259,11 +264,9 @@ impl Lab {
     /// A client's SYN reaches the active.
     pub(super) fn syn_arrives(&mut self, packet: &[u8]) {
         let now = self.now;
-        if let Some(gate) = &mut self.gate
-            && gate.maps.guarding
-        {
+        if let Some(gate) = &mut self.gate {
             gate.guard
-                .process_opening(packet, Direction::ToVip, now, &mut gate.maps);
+                .process_opening(packet, OpeningKind::Syn, now, &mut gate.maps);
         }
     }
 

@@ -190,20 +190,33 @@ fn a_flow_that_lost_copies_while_the_gate_was_open_is_reset_and_no_protection_is
     assert!(lab.conns[conn].reset);
 }
 
-/// Opened while nobody guarded: it goes on undisturbed, and is told at takeover.
+/// Opened while nobody guarded: it goes on undisturbed, and is guarded once the standby has said that it
+/// holds all that the client was told.
 #[test]
-fn a_flow_opened_while_the_standby_is_silent_is_unprotected() {
-    let mut lab = Lab::guarded(7);
-    lab.gate.as_mut().unwrap().silent_standby = true;
-    lab.run_for(50 * MS);
-    let conn = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
-    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 10_000));
-    lab.gate.as_mut().unwrap().silent_standby = false;
-    lab.run_for(50 * MS);
-    assert_eq!(lab.flows.census().unprotected, 1);
-    let report = lab.fail_over(30 * MS);
-    assert_eq!(report.resets, [(ResetReason::Unprotected, 1)]);
-    lab.settle();
+fn a_flow_opened_while_the_standby_is_silent_is_guarded_once_that_has_caught_up() {
+    for tap_loss in [0, 50] {
+        let mut lab = Lab::guarded(7);
+        lab.gate.as_mut().unwrap().silent_standby = true;
+        lab.run_for(50 * MS);
+        lab.faults.tap_loss = tap_loss;
+        let conn = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 200_000));
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!((census.guarded, census.exposed), (0, 1));
+        assert_eq!(lab.flows.census().lockstep, 0);
+        lab.faults.tap_loss = 0;
+        lab.gate.as_mut().unwrap().silent_standby = false;
+        lab.run_for(50 * MS);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        let holds_all = usize::from(tap_loss == 0);
+        assert_eq!((census.guarded, census.exposed), (holds_all, 1 - holds_all));
+        let report = lab.fail_over(30 * MS);
+        assert_eq!(
+            (report.live, report.resets.len()),
+            (holds_all, 1 - holds_all)
+        );
+        lab.settle();
+    }
 }
 
 /// A handshake that is never completed holds no slot for good, and no flow of the standby's.
