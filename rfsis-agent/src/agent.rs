@@ -375,6 +375,8 @@ fn make_link(
         metrics: Arc::clone(metrics),
         peer_session: None,
         records: Vec::new(),
+        asked_at: 0,
+        timeout: sync.timeout.as_nanos() as u64,
     })
 }
 

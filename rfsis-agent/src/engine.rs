@@ -265,6 +265,11 @@ impl Engine {
         // What was mirrored before the kernel took over belongs to the standby.
         while self.take_frames(BATCH, at) {}
         self.take_lost();
+        if let (Some(link), Some(heard_at)) = (&self.link, self.shared.peer_heard_at())
+            && link.was_deaf(heard_at)
+        {
+            self.flows.expose();
+        }
         let report = self.flows.go_live(sys::monotonic(), &mut self.effects);
         for &(reason, count) in &report.resets {
             self.metrics.flow_resets.add(reason, count as u64);

@@ -60,6 +60,7 @@ const SWEEP_PAUSE: Nanos = 20 * MS;
 
 /// Flows that are asked for at once.
 const ASK_AT_ONCE: usize = 256;
+const TELL_AT_ONCE: usize = 16;
 
 /// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
 /// handshake may never have been completed, and the standby's word of that may be lost, ns.
@@ -667,11 +668,9 @@ impl Guard {
         self.records.push(Record::Open(**open));
     }
 
-    /// Asks the standby what it holds of flows that were exposed.
+    /// Tells the standby what the clients of exposed flows were told, which asks it what it holds. While it
+    /// is silent only now and then: perhaps it hears and is not heard.
     fn ask(&mut self, fx: &mut impl GuardEffects) {
-        if !self.guarding {
-            return;
-        }
         if self.to_ask.is_empty() {
             let exposed = self.flows.iter();
             self.to_ask.extend(
@@ -680,7 +679,12 @@ impl Guard {
                     .map(|(key, _)| *key),
             );
         }
-        let rest = self.to_ask.len().saturating_sub(ASK_AT_ONCE);
+        let most = if self.guarding {
+            ASK_AT_ONCE
+        } else {
+            TELL_AT_ONCE
+        };
+        let rest = self.to_ask.len().saturating_sub(most);
         for key in self.to_ask.split_off(rest) {
             if let Some(flow) = self.flows.get(&key)
                 && matches!(flow.phase, Phase::Exposed)

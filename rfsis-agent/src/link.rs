@@ -116,6 +116,10 @@ pub struct Link {
     pub peer_session: Option<u64>,
     /// What is to be said.
     pub records: Vec<Record>,
+    /// When the active asked last for a sign of life, ns.
+    pub asked_at: Nanos,
+    /// Silence of either node after which the active does not wait for the standby, ns.
+    pub timeout: Nanos,
 }
 
 impl std::fmt::Debug for Link {
@@ -135,6 +139,12 @@ impl Link {
     /// When [`Link::run`] is due without a datagram or an opening, ns.
     pub fn next_wakeup(&self) -> Nanos {
         self.guard.next_wakeup()
+    }
+
+    /// Whether the active, last heard by its heartbeat at `heard_at` (ns), was not heard here for so long
+    /// that it may have opened its gate.
+    pub fn was_deaf(&self, heard_at: Nanos) -> bool {
+        heard_at.saturating_sub(self.asked_at) > self.timeout
     }
 
     /// The node is active now.
@@ -208,7 +218,10 @@ impl Link {
                 }
             };
             self.metrics.sync_received.inc(SyncReceived::Ok);
-            *answer |= opened.wants_answer;
+            if opened.wants_answer {
+                *answer = true;
+                self.asked_at = now;
+            }
             self.guard.heard(now, &mut self.gate);
             let mut records = opened.records;
             for record in &mut records {

@@ -472,6 +472,15 @@ impl Flows {
         }
     }
 
+    /// The active may have opened its gate without this node's hearing of it.
+    pub fn expose(&mut self) {
+        for entry in self.flows.values_mut() {
+            if let Flow::Shadow(shadow) = entry {
+                shadow.expose();
+            }
+        }
+    }
+
     /// The node has taken over: every shadow that can goes live, the others' clients are told.
     /// Call after every frame that was mirrored before has been processed.
     pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {

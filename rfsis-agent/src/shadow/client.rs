@@ -3,10 +3,7 @@
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::TcpControl;
 
-use super::{
-    Context, DISBELIEF, FAR, GUARDED_PATIENCE, HOLE_PATIENCE, Outgoing, REORDER_LIMIT, Shadow,
-    Source,
-};
+use super::{Context, DISBELIEF, FAR, Outgoing, REORDER_LIMIT, Shadow, Source};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, clamp_ack, distance, later};
 use crate::segment::Segment;
@@ -88,11 +85,7 @@ impl Shadow {
             Some((held, since)) if hole && held == self.held => Some((held, since)),
             _ => hole.then_some((self.held, now)),
         };
-        let patience = if self.handshake.guarded {
-            GUARDED_PATIENCE
-        } else {
-            HOLE_PATIENCE
-        };
+        let patience = self.hole_patience();
         self.hole
             .is_some_and(|(_, since)| now.saturating_sub(since) > patience)
     }
@@ -103,7 +96,7 @@ impl Shadow {
         let ahead = self.ahead.is_some() || self.disbelieved >= DISBELIEF;
         self.ahead_since = ahead.then(|| self.ahead_since.unwrap_or(now));
         let patience = if self.handshake.guarded {
-            GUARDED_PATIENCE
+            self.hole_patience()
         } else {
             0
         };

@@ -196,6 +196,7 @@ pub struct Shadow {
     ahead_since: Option<Nanos>,
     /// The client was heard since the last confirmation.
     touched: bool,
+    exposed: bool,
     live: bool,
     gave_up: bool,
     reset: bool,
@@ -356,6 +357,7 @@ impl Shadow {
             hole: None,
             ahead_since: None,
             touched: false,
+            exposed: false,
             live: false,
             gave_up: false,
             reset: false,
@@ -424,6 +426,21 @@ impl Shadow {
     /// A frame of this flow found the ring full at `at` (ns).
     pub fn mark_lost(&mut self, at: Nanos) {
         self.lost_since = Some(at);
+    }
+
+    /// The active may have opened its gate, unheard: the client may have been told of bytes that this
+    /// shadow lacks, and never repeat them.
+    pub fn expose(&mut self) {
+        self.exposed = true;
+    }
+
+    /// How long the client of a live flow may take to repeat what is missing, ns.
+    fn hole_patience(&self) -> Nanos {
+        if self.handshake.guarded && !self.exposed {
+            GUARDED_PATIENCE
+        } else {
+            HOLE_PATIENCE
+        }
     }
 
     /// Whether a copy is missing that nobody will send again: what the client was not told of it
