@@ -91,7 +91,10 @@ fn judge_unknown(
     tcp: &TcpPart,
     now_ns: u64,
 ) -> AckGateVerdict {
-    if is_syn_ack(tcp) {
+    if mark(ctx) == RELEASE_MARK {
+        // A SYN-ACK that the agent lets go: the standby does not take the flow.
+        AckGateVerdict::Released
+    } else if is_syn_ack(tcp) {
         open(ctx, frame, tcp, None, now_ns)
     } else {
         AckGateVerdict::Unguarded
