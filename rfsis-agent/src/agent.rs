@@ -27,15 +27,17 @@ use tokio_util::sync::CancellationToken;
 use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
-use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
+use crate::control::{
+    self, FlowCounts, LastFailover, Peer, ProtectionStatus, Request, Response, Status,
+};
 use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
 use crate::guard::{Guard, GuardConfig};
 use crate::handler::{HandlerKind, Output};
-use crate::heartbeat::Codec;
+use crate::heartbeat::{Codec, Nanos};
 use crate::link::{self, KernelGuard, Link};
-use crate::metrics::{self, HeartbeatReceived, Metrics, Protection, Ring};
+use crate::metrics::{self, GuardCondition, HeartbeatReceived, Metrics, Protection, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
 use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
@@ -240,7 +242,7 @@ async fn attach_and_serve(
     }
     metrics.heartbeat_age.set(f64::NAN);
     let shared = Arc::new(Shared::default());
-    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared));
+    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared, &metrics));
     let cancel = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
@@ -290,12 +292,7 @@ async fn attach_and_serve(
         },
     )?;
 
-    tasks.spawn(tell(
-        facts,
-        flows_took_over,
-        Arc::clone(&story),
-        Arc::clone(&metrics),
-    ));
+    tasks.spawn(tell(facts, flows_took_over, Arc::clone(&story)));
     let log = programs.take_log()?;
     tasks.spawn(async move {
         if let Err(error) = log.run().await {
@@ -495,6 +492,10 @@ struct Parts {
     notices: mpsc::UnboundedSender<Notice>,
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn start_pulse(
     config: &Config,
     role: Role,
@@ -566,13 +567,12 @@ async fn tell(
     mut notices: mpsc::UnboundedReceiver<Notice>,
     mut flows: mpsc::UnboundedReceiver<FlowsTookOver>,
     story: Arc<Story>,
-    metrics: Arc<Metrics>,
 ) {
     loop {
         tokio::select! {
             Some(notice) = notices.recv() => match notice {
                 Notice::Fact(fact) => log(&fact),
-                Notice::TookOver(takeover) => story.took_over(&takeover, &metrics),
+                Notice::TookOver(takeover) => story.took_over(&takeover),
                 Notice::Mirrors(peer) if peer.is_nobody() => {
                     tracing::warn!("no standby is heard: the VIP's frames are not copied");
                 }
@@ -653,6 +653,19 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
     })
 }
 
+fn age(at: Nanos) -> Duration {
+    Duration::from_nanos(sys::monotonic().saturating_sub(at))
+}
+
+/// `Err` says when somebody was heard last, if that is longer ago than `most`.
+fn heard_within(age: Option<Duration>, most: Duration) -> Result<(), String> {
+    match age {
+        None => Err("never heard".to_owned()),
+        Some(age) if age > most => Err(format!("last heard {age:.1?} ago")),
+        Some(_) => Ok(()),
+    }
+}
+
 /// What the agent can tell about itself.
 struct Story {
     node: Ipv4Addr,
@@ -662,8 +675,11 @@ struct Story {
     interface: String,
     xdp_mode: XdpMode,
     ready_silence: Duration,
+    /// Of the sync channel, for an active node; `None` with `protect: async`.
+    sync_silence: Option<Duration>,
     started: Instant,
     shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
     failovers: Mutex<(u64, Option<LastFailover>)>,
 }
 
@@ -674,7 +690,9 @@ impl Story {
         own: usize,
         xdp_mode: XdpMode,
         shared: &Arc<Shared>,
+        metrics: &Arc<Metrics>,
     ) -> Self {
+        let ready_silence = READY_SILENCE.max(config.heartbeat.takeover_time());
         Self {
             node: config.nodes[own],
             peer: config.nodes[1 - own],
@@ -682,14 +700,19 @@ impl Story {
             virtual_ip: config.virtual_ip,
             interface: config.interface.clone(),
             xdp_mode,
-            ready_silence: READY_SILENCE.max(config.heartbeat.takeover_time()),
+            ready_silence,
+            sync_silence: match &config.protect {
+                Protect::Async => None,
+                Protect::Sync(sync) => Some(ready_silence.max(sync.timeout)),
+            },
             started: Instant::now(),
             shared: Arc::clone(shared),
+            metrics: Arc::clone(metrics),
             failovers: Mutex::default(),
         }
     }
 
-    fn took_over(&self, takeover: &Takeover, metrics: &Metrics) {
+    fn took_over(&self, takeover: &Takeover) {
         let duration = Duration::from_nanos(takeover.duration);
         tracing::info!(
             reason = takeover.reason.as_str(),
@@ -700,11 +723,13 @@ impl Story {
         if !TakeoverReason::FAILOVERS.contains(&takeover.reason) {
             return;
         }
-        metrics
+        self.metrics
             .failovers
             .with_label_values(&[takeover.reason.as_str()])
             .inc();
-        metrics.takeover_duration.observe(duration.as_secs_f64());
+        self.metrics
+            .takeover_duration
+            .observe(duration.as_secs_f64());
         let mut failovers = self
             .failovers
             .lock()
@@ -719,17 +744,45 @@ impl Story {
     }
 
     fn peer_age(&self) -> Option<Duration> {
-        let at = self.shared.peer_heard_at()?;
-        Some(Duration::from_nanos(sys::monotonic().saturating_sub(at)))
+        self.shared.peer_heard_at().map(age)
     }
 
+    fn sync_age(&self) -> Option<Duration> {
+        self.shared.sync_heard_at().map(age)
+    }
+
+    /// Whether this node's death would be survived, as far as it can tell: an active node that is to
+    /// protect and for long has not been able to is not ready, though it serves. Who restarts nodes one
+    /// after the other must wait here. A silence that is shorter is for `rfsis_protection` to show.
     fn ready(&self) -> Result<(), String> {
-        match self.peer_age() {
-            None => Err(format!("peer {} was never heard", self.peer)),
-            Some(age) if age > self.ready_silence => {
-                Err(format!("peer {} was last heard {age:.1?} ago", self.peer))
+        let peer = self.peer;
+        heard_within(self.peer_age(), self.ready_silence)
+            .map_err(|heard| format!("peer {peer} was {heard}"))?;
+        match self.sync_silence {
+            Some(most) if self.shared.node().state == State::Active => {
+                heard_within(self.sync_age(), most).map_err(|heard| {
+                    format!(
+                        "not protected: peer {peer} was {heard} on the sync channel (`sync_port`)"
+                    )
+                })
             }
-            Some(_) => Ok(()),
+            _ => Ok(()),
+        }
+    }
+
+    fn protection(&self) -> ProtectionStatus {
+        let flows = |condition| self.metrics.guarded_flows.get(condition) as u64;
+        ProtectionStatus {
+            // Chosen before the first question can be asked.
+            mode: self
+                .metrics
+                .protection
+                .chosen()
+                .unwrap_or(Protection::Standby),
+            guarded: flows(GuardCondition::Guarded),
+            exposed: flows(GuardCondition::Exposed),
+            opening: flows(GuardCondition::Opening),
+            sync_heard_seconds_ago: self.sync_age().map(|age| age.as_secs_f64()),
         }
     }
 
@@ -768,6 +821,7 @@ impl Story {
                     epoch,
                     heard_seconds_ago: age.as_secs_f64(),
                 }),
+            protection: self.protection(),
             flows: FlowCounts {
                 handshake: count(census.handshake),
                 lockstep: count(census.lockstep),
@@ -781,5 +835,100 @@ impl Story {
             ready: self.ready().is_ok(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::shared::NodeView;
+
+    /// The story of an agent with the shipped config and these lines instead of its protection.
+    fn story(protect: &str) -> Story {
+        let shipped = include_str!("../../config.yaml");
+        let text = shipped.replacen("protect: sync\n", &format!("{protect}\n"), 1);
+        let config = crate::config::parse(&text, Path::new("config.yaml")).unwrap();
+        let metrics = Arc::new(Metrics::new("test").unwrap());
+        let shared = Arc::default();
+        Story::new(
+            &config,
+            Role::Primary,
+            0,
+            XdpMode::Native,
+            &shared,
+            &metrics,
+        )
+    }
+
+    fn turn(story: &Story, state: State) {
+        let view = NodeView {
+            state,
+            epoch: 1,
+            peer: None,
+        };
+        assert!(story.shared.try_set_node(view));
+    }
+
+    fn ago(duration: Duration) -> Nanos {
+        sys::monotonic() - duration.as_nanos() as Nanos
+    }
+
+    #[test]
+    fn ready_is_who_heard_the_peer_within_a_second() {
+        let story = story("protect: async");
+        turn(&story, State::Active);
+        assert!(story.ready().unwrap_err().contains("never heard"));
+        story.shared.peer_heard(ago(Duration::from_secs(2)), [0; 6]);
+        let why = story.ready().unwrap_err();
+        assert!(why.contains("192.168.1.2 was last heard 2.0s ago"), "{why}");
+        story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+        assert_eq!(story.ready(), Ok(()));
+    }
+
+    #[test]
+    fn an_active_node_without_protection_for_long_is_not_ready_and_a_standby_is() {
+        let story = story("protect: sync\nprotect_timeout: 4s");
+        story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+        turn(&story, State::Standby);
+        assert_eq!(story.ready(), Ok(()));
+        turn(&story, State::Active);
+        let why = story.ready().unwrap_err();
+        assert!(
+            why.contains("not protected") && why.contains("sync_port"),
+            "{why}"
+        );
+        // Degraded or not: as long as this the clients may wait.
+        story.shared.sync_heard(ago(Duration::from_secs(3)));
+        assert_eq!(story.ready(), Ok(()));
+        story.shared.sync_heard(ago(Duration::from_secs(5)));
+        let why = story.ready().unwrap_err();
+        assert!(
+            why.contains("last heard 5.0s ago on the sync channel"),
+            "{why}"
+        );
+    }
+
+    #[test]
+    fn status_tells_what_the_gate_guards() {
+        let story = story("protect: sync");
+        let metrics = &story.metrics;
+        metrics.protection.choose(Protection::Standby);
+        metrics.protection.choose(Protection::Sync);
+        metrics.guarded_flows.set(GuardCondition::Guarded, 3.0);
+        metrics.guarded_flows.set(GuardCondition::Exposed, 2.0);
+        metrics.guarded_flows.set(GuardCondition::Opening, 1.0);
+        let expected = ProtectionStatus {
+            mode: Protection::Sync,
+            guarded: 3,
+            exposed: 2,
+            opening: 1,
+            sync_heard_seconds_ago: None,
+        };
+        assert_eq!(story.status().protection, expected);
+        story.shared.sync_heard(ago(Duration::from_secs(1)));
+        let heard = story.status().protection.sync_heard_seconds_ago.unwrap();
+        assert!((1.0..2.0).contains(&heard), "{heard}");
     }
 }

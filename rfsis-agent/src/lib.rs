@@ -7,8 +7,8 @@
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
-//! [`control`], [`tap`] (how frames reach the standby), [`warm`] (next hops), [`agent`] (start, stop,
-//! who talks to whom), [`sys`] (system calls).
+//! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
+//! hops), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
 pub mod agent;
 pub mod announce;

@@ -177,7 +177,7 @@ impl Link {
         }
         let epoch = shared.epoch();
         let mut answer = false;
-        let mut more = self.take_datagrams(flows, effects, epoch, now, &mut answer);
+        let mut more = self.take_datagrams(flows, effects, shared, now, &mut answer);
         more |= self.take_openings(now);
         if now >= self.guard.next_wakeup() {
             self.guard.poll(now, &mut self.gate);
@@ -197,10 +197,11 @@ impl Link {
         &mut self,
         flows: &mut Flows,
         effects: &mut impl Effects,
-        epoch: u64,
+        shared: &Shared,
         now: Nanos,
         answer: &mut bool,
     ) -> bool {
+        let epoch = shared.epoch();
         // One byte more than any is long, so that a longer one is told from a cut one.
         let mut buffer = [0; MAX_DATAGRAM + 1];
         for _ in 0..BATCH {
@@ -218,6 +219,7 @@ impl Link {
                 }
             };
             self.metrics.sync_received.inc(SyncReceived::Ok);
+            shared.sync_heard(now);
             if opened.wants_answer {
                 *answer = true;
                 self.asked_at = now;

@@ -30,6 +30,7 @@ pub struct Shared {
     /// The peer's session, 0 before it is proven.
     peer_session: AtomicU64,
     epoch: AtomicU64,
+    sync_heard_at: AtomicU64,
 }
 
 impl Default for Shared {
@@ -45,6 +46,7 @@ impl Default for Shared {
             peer_tap: AtomicU64::new(0),
             peer_session: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
+            sync_heard_at: AtomicU64::new(0),
         }
     }
 }
@@ -102,6 +104,16 @@ impl Shared {
     /// When the peer was heard last, ns; `None` if never.
     pub fn peer_heard_at(&self) -> Option<Nanos> {
         Some(self.peer_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// The peer was heard on the sync channel at `at` (ns).
+    pub fn sync_heard(&self, at: Nanos) {
+        self.sync_heard_at.store(at, Ordering::Relaxed);
+    }
+
+    /// When the peer was heard on the sync channel last, ns; `None` if never.
+    pub fn sync_heard_at(&self) -> Option<Nanos> {
+        Some(self.sync_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
     /// The hardware address of the peer's tap, as its authenticated heartbeats say.

@@ -87,7 +87,7 @@ fn judge_unknown(
     now_ns: u64,
 ) -> AckGateVerdict {
     if mark(ctx) == RELEASE_MARK {
-        // A SYN-ACK that the standby did not take.
+        // A SYN-ACK that the agent lets go: the standby does not take the flow.
         AckGateVerdict::Released
     } else if is_syn_ack(tcp) {
         open(ctx, frame, tcp, None, now_ns)

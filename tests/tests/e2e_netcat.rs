@@ -168,3 +168,51 @@ fn ready_means_that_the_peer_is_heard_and_live_does_not() {
     alone.wait_status("ready", |status| status["ready"] == true);
     assert_eq!(alone.http("/ready").unwrap().0, 200);
 }
+
+/// Who restarts one node after the other must not go on while a death would cost data.
+#[test]
+fn an_active_node_whose_standby_confirms_nothing_serves_and_is_not_ready() {
+    let wiring = Wiring::Mirror;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("protected");
+    let mode =
+        |mode: &'static str| move |status: &serde_json::Value| status["protection"]["mode"] == mode;
+    pair.primary.wait_status("sync", mode("sync"));
+    pair.primary.wait_status("a guarded flow", |status| {
+        status["protection"]["guarded"] == 1
+    });
+    assert_eq!(pair.primary.http("/ready").unwrap().0, 200);
+    assert!(mode("standby")(&pair.backup.status().unwrap()));
+
+    // Heartbeats and copies come through.
+    let standby = lab.host(Host::B);
+    for rule in [
+        "table ip deaf",
+        "chain ip deaf in { type filter hook input priority 0 ; }",
+        "rule ip deaf in udp dport 9501 drop",
+    ] {
+        standby.sh(&format!("nft add {rule}")).unwrap();
+    }
+    pair.primary.wait_status("degraded", mode("degraded"));
+    pair.primary.wait_status("an exposed flow", |status| {
+        status["protection"]["exposed"] == 1 && status["protection"]["guarded"] == 0
+    });
+    nc.echoes("served all the same");
+    pair.primary
+        .wait_status("not ready", |status| status["ready"] == false);
+    let (code, why) = pair.primary.http("/ready").unwrap();
+    assert_eq!(code, 503);
+    assert!(why.contains("not protected"), "{why}");
+    assert_eq!(pair.backup.http("/ready").unwrap().0, 200);
+
+    standby.sh("nft delete table ip deaf").unwrap();
+    pair.primary
+        .wait_status("ready", |status| status["ready"] == true);
+    pair.primary
+        .wait_status("the flow guarded again", |status| {
+            status["protection"]["guarded"] == 1 && status["protection"]["exposed"] == 0
+        });
+    nc.echoes("protected again");
+}

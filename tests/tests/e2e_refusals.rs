@@ -108,7 +108,7 @@ fn check_names_line_and_field_of_every_bad_config() {
         (
             "tap: lan",
             "tap: mirror\nmirror_egress: headers",
-            &["refused.yaml:7:", "mirror_egress", "not supported yet"],
+            &["refused.yaml:7:", "mirror_egress", "handshake or full"],
         ),
         (
             "tap: lan",

@@ -65,9 +65,9 @@ pub struct Config {
     pub nodes: [Ipv4Addr; 2],
     /// Cluster key for heartbeats.
     pub key: ClusterKey,
-    /// How the VIP's frames reach the standby.
+    /// How the VIP's frames reach the standby; default `mirror`, over the interface of the VIP.
     pub tap: Tap,
-    /// What a client's ACK promises.
+    /// What a client's ACK promises; default `sync`.
     pub protect: Protect,
     /// How long a UDP datagram waits for the active's answer before the standby forgets it, at most 10 s;
     /// default 1 s. Zero: none is kept, and none is answered after a takeover.

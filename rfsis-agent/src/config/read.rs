@@ -279,7 +279,7 @@ impl<'a> Reader<'a> {
 
     /// Protection with what belongs to it.
     fn protect(&mut self, root: &Section<'a>, takeover_time: Option<Duration>) -> Option<Protect> {
-        let syncs = self.optional(root, "protect", false, "async or sync", |text| match text {
+        let syncs = self.optional(root, "protect", true, "async or sync", |text| match text {
             "async" => Some(false),
             "sync" => Some(true),
             _ => None,
@@ -315,7 +315,7 @@ impl<'a> Reader<'a> {
         interface: Option<&str>,
         protect: Option<Protect>,
     ) -> Option<Tap> {
-        let mirrors = self.optional(root, "tap", false, "lan or mirror", |text| match text {
+        let mirrors = self.optional(root, "tap", true, "lan or mirror", |text| match text {
             "lan" => Some(false),
             "mirror" => Some(true),
             _ => None,
@@ -358,13 +358,9 @@ impl<'a> Reader<'a> {
             Some(Protect::Async) | None => MirrorEgress::Full,
         };
         let words = MirrorEgress::ALL.map(MirrorEgress::as_str).join(" or ");
-        if let Some(field) = root.get("mirror_egress")
-            && matches!(&field.node.value, Value::Scalar(text) if text == "headers")
-        {
-            self.unsupported(&field, words);
-            return None;
-        }
-        self.optional(root, "mirror_egress", default, &words, |text| {
+        // Headers alone would do for some, but `bpf_clone_redirect` copies all of a frame or nothing.
+        let expected = format!("{words} (a frame is copied whole or not at all)");
+        self.optional(root, "mirror_egress", default, &expected, |text| {
             MirrorEgress::ALL
                 .into_iter()
                 .find(|egress| egress.as_str() == text)

@@ -88,11 +88,17 @@ impl<L: Label + PartialEq> Gauges<L> {
         self.children[value.index()].get()
     }
 
-    /// Sets one to 1 and the others to 0.
+    /// Sets one to 1 and the others to 0, in this order: at every moment one is chosen.
     pub fn choose(&self, chosen: L) {
-        for value in L::ALL {
-            self.set(*value, f64::from(u8::from(*value == chosen)));
+        self.set(chosen, 1.0);
+        for value in L::ALL.iter().filter(|value| **value != chosen) {
+            self.set(*value, 0.0);
         }
+    }
+
+    /// The one that was chosen; `None` before the first choice.
+    pub fn chosen(&self) -> Option<L> {
+        L::ALL.iter().copied().find(|value| self.get(*value) > 0.0)
     }
 }
 

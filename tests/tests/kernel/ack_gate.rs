@@ -476,11 +476,15 @@ fn a_syn_ack_is_held_and_reported_until_the_standby_knows_the_flow() {
             &long[14..14 + OPENING_CAPTURE]
         );
 
+        // The agent lets it go: the standby has no room for it.
+        let released = AckGateVerdict::Released;
+        gate.expect("let go", &frame, RELEASE_MARK, released, Some(&frame));
+        assert!(ring.next().is_none());
+
         gate.open_flow(Confirmation::new(FIRST, FIRST_EDGE));
         gate.expect("known", &frame, 0, Passed, Some(&frame));
         assert!(ring.next().is_none());
         // The agent's own, should it send one.
-        let released = AckGateVerdict::Released;
         gate.expect("marked", &frame, RELEASE_MARK, released, Some(&frame));
         assert_eq!(gate.sent().told_edge, FIRST_EDGE, "not scaled");
 
