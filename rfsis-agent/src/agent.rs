@@ -492,10 +492,6 @@ struct Parts {
     notices: mpsc::UnboundedSender<Notice>,
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "all are made by the one caller, in this order"
-)]
 fn start_pulse(
     config: &Config,
     role: Role,
