@@ -11,7 +11,7 @@ use tests::client::{
     begin_connect, chargen_exactly, connect, echo_exactly, expect_end, tcp_sockets, tcp_state,
 };
 use tests::patience::wait_until;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, VIP, Wiring, on_each_wiring};
+use tests::{Capture, Death, Host, Lab, Pair, Settings, Typist, VIP, Wiring, on_each_wiring};
 
 const IDLE: usize = 40;
 const TRANSFERS: usize = 60;
@@ -161,4 +161,28 @@ fn a_connection_that_ends_after_the_takeover_ends_properly() {
     echo_exactly(&stream, 1000, 3, &AtomicU64::new(0)).unwrap();
     // Nothing is left of it on the survivor either.
     pair.backup.wait_flows("live", 0);
+}
+
+/// Its SYN-ACK is held like any other until the agent finds that there is no room, and lets it go.
+#[test]
+fn a_connection_beyond_the_bound_of_flows_opens_without_protection() {
+    let wiring = Wiring::Mirror;
+    let lab = wiring.lab();
+    let config = lab.directory().join("one-flow.yaml");
+    let yaml = wiring.settings().yaml() + "shadow: { max_flows: 1 }\n";
+    std::fs::write(&config, yaml).unwrap();
+    let pair = Pair::start_with(&lab, &config).unwrap();
+    let mut first = Typist::tcp(&lab, port::ECHO);
+    first.echoes("protected");
+    let mut second = Typist::tcp(&lab, port::ECHO);
+    second.echoes("not protected");
+    first.echoes("still protected");
+    let active = &pair.primary;
+    active.wait_metric("rfsis_guard_refused_total", &[], 1.0);
+    let status = active.wait_status("a guarded flow", |status| {
+        status["protection"]["guarded"] == 1
+    });
+    assert_eq!(status["protection"]["opening"], 0);
+    let released = [("verdict", "released")];
+    active.wait_metric("rfsis_ack_gate_packets_total", &released, 2.0);
 }
