@@ -68,6 +68,7 @@ fn flows(kind: HandlerKind) -> Flows {
         idle_timeout: u64::MAX,
         mtu: 1500,
         guarded: false,
+        copied: false,
     })
     .expect("smoltcp answers a SYN")
 }

@@ -433,6 +433,7 @@ fn start_engine(
         idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
         mtu: netif.mtu as usize,
         guarded: matches!(config.protect, Protect::Sync(_)),
+        copied: matches!(config.tap, Tap::Mirror(_)),
     })
     .map_err(anyhow::Error::from)?;
     let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;

@@ -487,12 +487,15 @@ impl Guard {
     }
 
     fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
-        let Some(flow) = self.flows.get_mut(&confirm.flow) else {
+        let known = self.flows.get_mut(&confirm.flow);
+        let Some(flow) = known.filter(|flow| flow.client_isn == confirm.client_isn) else {
+            // Let go, or forgotten: the standby must not take it for guarded.
+            self.records.push(Record::Close {
+                flow: confirm.flow,
+                client_isn: confirm.client_isn,
+            });
             return;
         };
-        if flow.client_isn != confirm.client_isn {
-            return;
-        }
         flow.known_at = now;
         let fresh = Confirmation::new(confirm.ack, confirm.edge);
         if let Phase::Opening { open, answer, .. } = &flow.phase {
@@ -659,6 +662,11 @@ impl Guard {
         };
         if now.saturating_sub(*since) > OPENING_PATIENCE {
             self.refused += 1;
+            let client_isn = open.client_isn;
+            self.records.push(Record::Close {
+                flow: key,
+                client_isn,
+            });
             self.let_go(key, fx);
             self.forget(key, fx);
             return;
@@ -708,11 +716,7 @@ impl Guard {
                 continue;
             };
             match flow.phase {
-                Phase::Opening { .. } => {
-                    self.refused += 1;
-                    self.let_go(key, fx);
-                    self.forget(key, fx);
-                }
+                Phase::Opening { .. } => self.open_exposed(key, fx),
                 Phase::Guarded => {
                     exposed += 1;
                     flow.phase = Phase::Exposed;
@@ -723,6 +727,27 @@ impl Guard {
             }
         }
         self.facts.push(Fact::Degraded { exposed });
+    }
+
+    /// Lets out the SYN-ACK of an opening: the flow goes on as one that was opened while the gate was open.
+    fn open_exposed(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        let phase = std::mem::replace(&mut flow.phase, Phase::Exposed);
+        let Phase::Opening { open, answer, .. } = phase else {
+            return;
+        };
+        let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer));
+        let ready = fx.start(flow.slot, sent)
+            && fx.confirm(flow.slot, Confirmation::OPEN)
+            && fx.publish(key, flow.guarded());
+        fx.send(&answer);
+        self.syns.remove(&key);
+        if !ready {
+            self.refused += 1;
+            self.forget(key, fx);
+        }
     }
 
     /// Lets out whatever is held of a flow.

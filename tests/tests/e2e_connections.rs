@@ -11,7 +11,7 @@ use tests::client::{
     begin_connect, chargen_exactly, connect, echo_exactly, expect_end, tcp_sockets, tcp_state,
 };
 use tests::patience::wait_until;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, Typist, VIP, Wiring, on_each_wiring};
+use tests::{Capture, Death, Host, Lab, Pair, Typist, VIP, Wiring, on_each_wiring};
 
 const IDLE: usize = 40;
 const TRANSFERS: usize = 60;
@@ -147,10 +147,9 @@ fn two_hundred_connections_survive(wiring: Wiring) {
     pair.wait_takeover();
 }
 
-#[test]
-fn a_connection_that_ends_after_the_takeover_ends_properly() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_connection_that_ends_after_the_takeover_ends_properly(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut stream = connect(&lab, port::ECHO).unwrap();
     stream.write_all(b"before").unwrap();
     let mut back = [0; 6];
@@ -186,3 +185,7 @@ fn a_connection_beyond_the_bound_of_flows_opens_without_protection() {
     let released = [("verdict", "released")];
     active.wait_metric("rfsis_ack_gate_packets_total", &released, 2.0);
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_connection_that_ends_after_the_takeover_ends_properly => super::a_connection_that_ends_after_the_takeover_ends_properly;
+}}

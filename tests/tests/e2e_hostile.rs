@@ -9,7 +9,7 @@ use tests::agent::port;
 use tests::forge::{Forgery, is_heartbeat_of, malformed};
 use tests::patience::{PATIENCE, slowed};
 use tests::wire::Wire;
-use tests::{Agent, Death, Host, Lab, Pair, Settings, Typist};
+use tests::{Agent, Death, Host, Lab, Pair, Settings, Typist, Wiring, on_each_wiring};
 
 /// The next genuine heartbeat of a host.
 fn heartbeat(wire: &Wire, of: Host) -> Vec<u8> {
@@ -102,10 +102,9 @@ fn truncated_heartbeats_are_counted_and_ignored() {
 
 /// The control of the forgeries: with the key they would be believed, so it is the check that
 /// refuses them and not a mistake in how they are made.
-#[test]
-fn a_heartbeat_signed_with_the_key_is_believed() {
-    let lab = Lab::new();
-    let settings = Settings::default();
+fn a_heartbeat_signed_with_the_key_is_believed(wiring: Wiring) {
+    let lab = wiring.lab();
+    let settings = wiring.settings();
     let pair = Pair::start(&lab, &settings);
     let wire = Wire::open(lab.client()).unwrap();
     let epoch = pair.backup.status().unwrap()["epoch"].as_u64().unwrap();
@@ -120,9 +119,8 @@ fn a_heartbeat_signed_with_the_key_is_believed() {
     });
 }
 
-#[test]
-fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover() {
-    let lab = Lab::new();
+fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover(wiring: Wiring) {
+    let lab = wiring.lab();
     let pair = Pair::start(&lab, &Settings::heartbeat("20ms", 10));
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
@@ -158,11 +156,10 @@ fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover() {
     assert!(stale > 0.0, "the replay arrived");
 }
 
-#[test]
-fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on() {
+fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on(wiring: Wiring) {
     const REPEATS: usize = 20;
-    let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let lab = wiring.lab();
+    let mut pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -200,3 +197,9 @@ fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on() {
     nc.echoes("to a live shadow");
     assert!(pair.backup.is_running());
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_heartbeat_signed_with_the_key_is_believed => super::a_heartbeat_signed_with_the_key_is_believed;
+    replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover => super::replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover;
+    malformed_frames_crash_nothing_and_are_counted_while_flows_go_on => super::malformed_frames_crash_nothing_and_are_counted_while_flows_go_on;
+}}

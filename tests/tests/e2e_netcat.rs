@@ -3,9 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
 use tests::agent::port;
-use tests::{
-    Capture, Death, Host, Lab, Pair, Settings, Trace, Typist, VIP, Wiring, on_each_wiring,
-};
+use tests::{Capture, Death, Host, Pair, Trace, Typist, VIP, Wiring, on_each_wiring};
 
 /// What must hold of the wire whenever node a has died.
 #[track_caller]
@@ -62,10 +60,9 @@ on_each_wiring! { [mirror_offloaded: MirrorOffloaded, mirror_over_a_sync_link: M
     echo_survives_kill_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Kill9);
 }}
 
-#[test]
-fn new_connections_after_the_takeover_go_to_the_survivor() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn new_connections_after_the_takeover_go_to_the_survivor(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     Typist::tcp(&lab, port::ECHO).echoes("to the primary");
     pair.primary_dies(&lab, Death::LinkCut);
     pair.wait_takeover();
@@ -78,10 +75,9 @@ fn new_connections_after_the_takeover_go_to_the_survivor() {
     assert_eq!(trace.from_vip_by(Host::A.mac()).count(), 0);
 }
 
-#[test]
-fn the_clients_arp_cache_follows_the_virtual_ip() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn the_clients_arp_cache_follows_the_virtual_ip(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let neighbour = || lab.client().sh(&format!("ip neigh show {VIP}")).unwrap();
     Typist::tcp(&lab, port::ECHO).echoes("resolve");
     assert!(neighbour().contains(&Host::A.mac_text()), "{}", neighbour());
@@ -92,10 +88,9 @@ fn the_clients_arp_cache_follows_the_virtual_ip() {
     });
 }
 
-#[test]
-fn status_and_metrics_tell_the_story_of_a_takeover() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn status_and_metrics_tell_the_story_of_a_takeover(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     let before = pair.backup.wait_flows("lockstep", 1);
@@ -157,14 +152,13 @@ fn status_and_metrics_tell_the_story_of_a_takeover() {
     );
 }
 
-#[test]
-fn ready_means_that_the_peer_is_heard_and_live_does_not() {
-    let lab = Lab::new();
-    let alone = tests::Agent::start(&lab, Host::A, "primary", &Settings::default());
+fn ready_means_that_the_peer_is_heard_and_live_does_not(wiring: Wiring) {
+    let lab = wiring.lab();
+    let alone = tests::Agent::start(&lab, Host::A, "primary", &wiring.settings());
     alone.wait_state("active");
     assert_eq!(alone.http("/live").unwrap().0, 200);
     assert_eq!(alone.http("/ready").unwrap().0, 503);
-    let _second = tests::Agent::start(&lab, Host::B, "backup", &Settings::default());
+    let _second = tests::Agent::start(&lab, Host::B, "backup", &wiring.settings());
     alone.wait_status("ready", |status| status["ready"] == true);
     assert_eq!(alone.http("/ready").unwrap().0, 200);
 }
@@ -216,3 +210,10 @@ fn an_active_node_whose_standby_confirms_nothing_serves_and_is_not_ready() {
         });
     nc.echoes("protected again");
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    new_connections_after_the_takeover_go_to_the_survivor => super::new_connections_after_the_takeover_go_to_the_survivor;
+    the_clients_arp_cache_follows_the_virtual_ip => super::the_clients_arp_cache_follows_the_virtual_ip;
+    status_and_metrics_tell_the_story_of_a_takeover => super::status_and_metrics_tell_the_story_of_a_takeover;
+    ready_means_that_the_peer_is_heard_and_live_does_not => super::ready_means_that_the_peer_is_heard_and_live_does_not;
+}}

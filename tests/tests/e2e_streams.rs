@@ -9,7 +9,7 @@ use tests::agent::port;
 use tests::client::{chargen_exactly, connect, connect_narrow, echo_exactly};
 use tests::patience::{PATIENCE, slowed, wait_at_most};
 use tests::wire::Wire;
-use tests::{Capture, Death, Host, Lab, LabOptions, Pair, Settings, VIP, Wiring, on_each_wiring};
+use tests::{Capture, Death, Host, Lab, LabOptions, Pair, VIP, Wiring, on_each_wiring};
 
 /// Bytes of a whole transfer.
 const TOTAL: u64 = 64 << 20;
@@ -95,10 +95,9 @@ fn chargen_of_64_mib_is_byte_exact_without_sack() {
     chargen_is_exact(Wiring::Lan, Some("ipv4/tcp_sack"));
 }
 
-#[test]
-fn a_reader_with_a_closed_window_goes_on_after_the_takeover() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_reader_with_a_closed_window_goes_on_after_the_takeover(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let wire = Wire::open(lab.client()).unwrap();
     let stream = connect_narrow(&lab, port::CHARGEN, 64 << 10).unwrap();
     let closed = wire.hear(slowed(PATIENCE), |frame| {
@@ -162,3 +161,7 @@ fn wire_is_clean(wiring: Wiring) {
         .dead_host_is_silent(Host::A.mac(), Host::B.mac())
         .unwrap();
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_reader_with_a_closed_window_goes_on_after_the_takeover => super::a_reader_with_a_closed_window_goes_on_after_the_takeover;
+}}

@@ -84,6 +84,8 @@ pub struct FlowsConfig {
     pub mtu: usize,
     /// The active guards flows by its ACK gate: one that it does not guard is not protected.
     pub guarded: bool,
+    /// Frames are copies that the active makes: it copies no acknowledgement of what it did not send.
+    pub copied: bool,
 }
 
 /// What the flows do to the world.
@@ -356,6 +358,7 @@ impl Flows {
             now,
             room: 0,
             out: &mut self.out,
+            acks_are_true: self.config.copied,
         };
         let shadow = Shadow::new(
             flow,
@@ -403,6 +406,7 @@ impl Flows {
             now,
             room: self.config.max_bytes.saturating_sub(self.bytes),
             out: &mut self.out,
+            acks_are_true: self.config.copied,
         };
         f(shadow, &mut cx);
         if self.live {

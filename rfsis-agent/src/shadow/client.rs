@@ -38,7 +38,7 @@ impl Shadow {
         }
         self.take_timestamp(segment);
         let before_ack = (self.una, self.client_edge);
-        let Some(ack) = self.take_ack(segment, ack) else {
+        let Some(ack) = self.take_ack(segment, ack, cx) else {
             return;
         };
         let mut delivered = false;
@@ -126,10 +126,9 @@ impl Shadow {
     }
 
     /// The acknowledgement to deliver with this segment, or `None` if the segment is worthless.
-    fn take_ack(&mut self, segment: &Segment<'_>, ack: u32) -> Option<u32> {
+    fn take_ack(&mut self, segment: &Segment<'_>, ack: u32, cx: &Context<'_>) -> Option<u32> {
         let clamped = clamp_ack(ack, self.una, self.max());
-        if self.handshake.guarded && !self.live {
-            // The active copies no acknowledgement of what it did not send.
+        if self.handshake.guarded && !self.live && cx.acks_are_true {
             self.active_next = later(self.active_next, ack);
         }
         if clamped

@@ -125,6 +125,8 @@ pub struct Context<'a> {
     pub room: usize,
     /// Where a live shadow puts what it sends.
     pub out: &'a mut Vec<Outgoing>,
+    /// The active copies no acknowledgement of what it did not send.
+    pub acks_are_true: bool,
 }
 
 /// A packet that a live shadow wants to send.

@@ -198,6 +198,7 @@ impl Lab {
     pub fn guarded(seed: u64) -> Self {
         let config = FlowsConfig {
             guarded: true,
+            copied: true,
             ..config()
         };
         let mut lab = Self::with_config(seed, config);
@@ -217,6 +218,7 @@ impl Lab {
         let now = self.now;
         let config = FlowsConfig {
             guarded: true,
+            copied: true,
             ..config()
         };
         self.flows = Flows::new(config).unwrap();

@@ -85,6 +85,7 @@ pub fn config() -> FlowsConfig {
         idle_timeout: 3600 * SECOND,
         mtu: MTU,
         guarded: false,
+        copied: false,
     }
 }
 
