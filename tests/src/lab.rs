@@ -17,6 +17,7 @@ use anyhow::Result;
 use aya::util::KernelVersion;
 
 use crate::netns::Namespace;
+use crate::patience::wait_until;
 
 /// The VIP of every lab.
 pub const VIP: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
@@ -174,6 +175,14 @@ impl Lab {
             node.sh(&format!(
                 "tc qdisc add dev {SYNC_INTERFACE} root pfifo limit 100000"
             ))?;
+        }
+        // The first end is down until the link watch has noticed that the second is up.
+        for node in [&self.a, &self.b] {
+            wait_until(
+                "the sync link",
+                || node.sh(&format!("cat /sys/class/net/{SYNC_INTERFACE}/operstate")),
+                |state| state.as_ref().is_ok_and(|state| state.trim() == "up"),
+            );
         }
         Ok(())
     }

@@ -102,9 +102,10 @@ fn truncated_heartbeats_are_counted_and_ignored() {
 
 /// The control of the forgeries: with the key they would be believed, so it is the check that
 /// refuses them and not a mistake in how they are made.
-fn a_heartbeat_signed_with_the_key_is_believed(wiring: Wiring) {
-    let lab = wiring.lab();
-    let settings = wiring.settings();
+#[test]
+fn a_heartbeat_signed_with_the_key_is_believed() {
+    let lab = Lab::new();
+    let settings = Settings::default();
     let pair = Pair::start(&lab, &settings);
     let wire = Wire::open(lab.client()).unwrap();
     let epoch = pair.backup.status().unwrap()["epoch"].as_u64().unwrap();
@@ -119,8 +120,9 @@ fn a_heartbeat_signed_with_the_key_is_believed(wiring: Wiring) {
     });
 }
 
-fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover(wiring: Wiring) {
-    let lab = wiring.lab();
+#[test]
+fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover() {
+    let lab = Lab::new();
     let pair = Pair::start(&lab, &Settings::heartbeat("20ms", 10));
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
@@ -199,7 +201,5 @@ fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on(wiring: Wiri
 }
 
 on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
-    a_heartbeat_signed_with_the_key_is_believed => super::a_heartbeat_signed_with_the_key_is_believed;
-    replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover => super::replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover;
     malformed_frames_crash_nothing_and_are_counted_while_flows_go_on => super::malformed_frames_crash_nothing_and_are_counted_while_flows_go_on;
 }}
