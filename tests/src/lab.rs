@@ -58,7 +58,7 @@ impl Host {
     }
 
     /// Name of its port on the bridge.
-    const fn port(self) -> &'static str {
+    pub(crate) const fn port(self) -> &'static str {
         match self {
             Host::Client => "to-client",
             Host::A => "to-a",
@@ -234,6 +234,11 @@ impl Lab {
     /// The namespace of the client.
     pub fn client(&self) -> &Arc<Namespace> {
         &self.client
+    }
+
+    /// The namespace of the bridge.
+    pub(crate) fn bridge(&self) -> &Namespace {
+        &self.bridge
     }
 
     /// A directory for files of this lab, removed with it.
