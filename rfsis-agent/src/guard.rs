@@ -418,10 +418,13 @@ impl Guard {
                 client_isn: flow.client_isn,
                 shift: u32::from(flow.shift),
             };
-            let ready = fx.start(
-                flow.slot,
-                Sent::new(open.client_isn, open.active_isn, window),
-            ) && fx.confirm(flow.slot, fresh)
+            // It speaks now: without a time it would seem to have been silent since the machine started.
+            let sent = Sent {
+                at_ns: now,
+                ..Sent::new(open.client_isn, open.active_isn, window)
+            };
+            let ready = fx.start(flow.slot, sent)
+                && fx.confirm(flow.slot, fresh)
                 && fx.publish(confirm.flow, guarded);
             fx.send(answer);
             flow.confirmation = fresh;
