@@ -372,6 +372,15 @@ impl Agent {
         )
     }
 
+    /// Waits until it says that this is what it can promise: `sync`, `degraded`, …
+    ///
+    /// # Panics
+    /// When it never does.
+    #[track_caller]
+    pub fn wait_protection(&self, mode: &str) -> Metrics {
+        self.wait_metric("rfsis_protection", &[("mode", mode)], 1.0)
+    }
+
     /// GET of a path on the metrics port: status code and body.
     ///
     /// # Errors
@@ -457,6 +466,16 @@ impl Pair {
         let primary = Agent::start_with(lab, Host::A, "primary", config)?;
         let backup = Agent::start_with(lab, Host::B, "backup", config)?;
         Ok(Self::settled(primary, backup))
+    }
+
+    /// [`Pair::start`] with `protect: sync`; waits until clients are told only what the backup holds.
+    ///
+    /// # Panics
+    /// When they do not get there.
+    pub fn start_guarding(lab: &Lab, settings: &Settings) -> Self {
+        let pair = Self::start(lab, settings);
+        pair.primary.wait_protection("sync");
+        pair
     }
 
     fn settled(primary: Agent, backup: Agent) -> Self {
