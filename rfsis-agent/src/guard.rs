@@ -446,7 +446,7 @@ impl Guard {
         let guarded = known.guarded();
         self.flows.insert(flow, known);
         self.syns.remove(&flow);
-        let sent = Sent::new(syn.isn, segment.seq, segment.window);
+        let sent = Sent::new(syn.isn, segment.seq, segment.window).at(now);
         if !(fx.start(slot, sent)
             && fx.confirm(slot, Confirmation::OPEN)
             && fx.publish(flow, guarded))
@@ -501,10 +501,9 @@ impl Guard {
         if let Phase::Opening { open, answer, .. } = &flow.phase {
             let window = window_of(answer);
             let guarded = flow.guarded();
-            let ready = fx.start(
-                flow.slot,
-                Sent::new(open.client_isn, open.active_isn, window),
-            ) && fx.confirm(flow.slot, fresh)
+            let sent = Sent::new(open.client_isn, open.active_isn, window).at(now);
+            let ready = fx.start(flow.slot, sent)
+                && fx.confirm(flow.slot, fresh)
                 && fx.publish(confirm.flow, guarded);
             fx.send(answer);
             flow.confirmation = fresh;
@@ -612,7 +611,7 @@ impl Guard {
             .heard_at
             .is_none_or(|at| now >= at.saturating_add(self.config.timeout));
         if silent && self.guarding {
-            self.degrade(fx);
+            self.degrade(now, fx);
         }
         while let Some((_, key)) = self.rechecks.pop_front_if(|(at, _)| *at <= now) {
             self.recheck(key, fx);
@@ -708,7 +707,7 @@ impl Guard {
     }
 
     /// Nobody confirms: the clients must not wait for it.
-    fn degrade(&mut self, fx: &mut impl GuardEffects) {
+    fn degrade(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
         self.set_guarding(false, fx);
         let mut exposed = 0;
         for key in self.flows.keys().copied().collect::<Vec<_>>() {
@@ -716,7 +715,7 @@ impl Guard {
                 continue;
             };
             match flow.phase {
-                Phase::Opening { .. } => self.open_exposed(key, fx),
+                Phase::Opening { .. } => self.open_exposed(key, now, fx),
                 Phase::Guarded => {
                     exposed += 1;
                     flow.phase = Phase::Exposed;
@@ -730,7 +729,7 @@ impl Guard {
     }
 
     /// Lets out the SYN-ACK of an opening: the flow goes on as one that was opened while the gate was open.
-    fn open_exposed(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+    fn open_exposed(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
         let Some(flow) = self.flows.get_mut(&key) else {
             return;
         };
@@ -738,7 +737,7 @@ impl Guard {
         let Phase::Opening { open, answer, .. } = phase else {
             return;
         };
-        let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer));
+        let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer)).at(now);
         let ready = fx.start(flow.slot, sent)
             && fx.confirm(flow.slot, Confirmation::OPEN)
             && fx.publish(key, flow.guarded());

@@ -158,6 +158,13 @@ impl Sent {
     pub const fn everything(&self) -> Confirmation {
         Confirmation::new(self.ack, self.edge)
     }
+
+    /// The same, of this time: without one the flow would seem to have been silent since the machine
+    /// started. `at_ns` by the clock of `bpf_ktime_get_ns`.
+    #[must_use]
+    pub const fn at(self, at_ns: u64) -> Self {
+        Self { at_ns, ..self }
+    }
 }
 
 /// What the gate reads of a segment that the kernel sends.

@@ -65,6 +65,9 @@ pub struct Settings {
     pub tap: Tap,
     /// Whether clients' ACKs wait for the standby: `sync`, else `async`.
     pub sync: bool,
+    /// How long the standby may be silent before clients no longer wait for it, as the config writes it;
+    /// the default if not given. Only with `sync`.
+    pub protect_timeout: Option<String>,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
     /// Heartbeat interval as the config writes it.
@@ -84,6 +87,7 @@ impl Default for Settings {
             key: "a key for tests only, 32 bytes or more".into(),
             tap: Tap::Lan,
             sync: false,
+            protect_timeout: None,
             udp_replay: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
@@ -109,14 +113,16 @@ impl Settings {
             key,
             tap,
             sync,
+            protect_timeout,
             udp_replay,
             interval,
             missed,
             startup_grace,
         } = self;
-        let udp_replay = udp_replay
-            .as_ref()
-            .map(|window| format!("udp_replay: {window}\n"));
+        let given = |key: &str, value: &Option<String>| {
+            let line = value.as_ref().map(|value| format!("{key}: {value}\n"));
+            line.unwrap_or_default()
+        };
         let nodes = [Host::A, Host::B].map(|host| host.address().to_string());
         let mut text = format!(
             "cluster: {cluster}\n\
@@ -126,7 +132,7 @@ impl Settings {
              key: {key:?}\n\
              {}\
              protect: {}\n\
-             {}\
+             {}{}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
@@ -134,7 +140,8 @@ impl Settings {
             nodes.join(", "),
             tap.yaml(),
             if *sync { "sync" } else { "async" },
-            udp_replay.unwrap_or_default(),
+            given("protect_timeout", protect_timeout),
+            given("udp_replay", udp_replay),
         );
         for (handler, number) in [
             ("echo", port::ECHO),
@@ -377,6 +384,15 @@ impl Agent {
         );
     }
 
+    /// Waits until it says that this is what it can promise: `sync`, `degraded`, …
+    ///
+    /// # Panics
+    /// When it never does.
+    #[track_caller]
+    pub fn wait_protection(&self, mode: &str) -> Metrics {
+        self.wait_metric("rfsis_protection", &[("mode", mode)], 1.0)
+    }
+
     /// GET of a path on the metrics port: status code and body.
     ///
     /// # Errors
@@ -462,6 +478,16 @@ impl Pair {
         let primary = Agent::start_with(lab, Host::A, "primary", config)?;
         let backup = Agent::start_with(lab, Host::B, "backup", config)?;
         Ok(Self::settled(primary, backup))
+    }
+
+    /// [`Pair::start`] with `protect: sync`; waits until clients are told only what the backup holds.
+    ///
+    /// # Panics
+    /// When they do not get there.
+    pub fn start_guarding(lab: &Lab, settings: &Settings) -> Self {
+        let pair = Self::start(lab, settings);
+        pair.primary.wait_protection("sync");
+        pair
     }
 
     fn settled(primary: Agent, backup: Agent) -> Self {

@@ -59,7 +59,7 @@ impl Host {
     }
 
     /// Name of its port on the bridge.
-    const fn port(self) -> &'static str {
+    pub(crate) const fn port(self) -> &'static str {
         match self {
             Host::Client => "to-client",
             Host::A => "to-a",
@@ -178,11 +178,12 @@ impl Lab {
         }
         // The first end is down until the link watch has noticed that the second is up.
         for node in [&self.a, &self.b] {
-            wait_until(
+            let up = wait_until(
                 "the sync link",
                 || node.sh(&format!("cat /sys/class/net/{SYNC_INTERFACE}/operstate")),
                 |state| state.as_ref().is_ok_and(|state| state.trim() == "up"),
             );
+            up?;
         }
         Ok(())
     }
@@ -243,6 +244,11 @@ impl Lab {
     /// The namespace of the client.
     pub fn client(&self) -> &Arc<Namespace> {
         &self.client
+    }
+
+    /// The namespace of the bridge.
+    pub(crate) fn bridge(&self) -> &Namespace {
+        &self.bridge
     }
 
     /// A directory for files of this lab, removed with it.
