@@ -286,6 +286,22 @@ impl Lab {
         self.set_port(host, "up");
     }
 
+    /// Makes the host's cable as slow as this, both ways: `1gbit`, as `tc` writes rates. What waits is
+    /// held back, not lost.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn limit(&self, host: Host, rate: &str) -> Result<()> {
+        // The burst takes whole super-frames, the limit the windows of all connections.
+        let tbf = format!("root tbf rate {rate} burst 256kb limit 64mb");
+        let port = host.port();
+        self.bridge
+            .sh(&format!("tc qdisc replace dev {port} {tbf}"))?;
+        self.host(host)
+            .sh(&format!("tc qdisc replace dev eth0 {tbf}"))?;
+        Ok(())
+    }
+
     fn set_port(&self, host: Host, to: &str) {
         let line = format!("ip link set {} {to}", host.port());
         if let Err(error) = self.bridge.sh(&line) {
