@@ -283,8 +283,8 @@ mod tests {
     #[test]
     fn a_segment_with_flags_set_afterwards_has_a_right_checksum() {
         let frame = tcp_frame(Host::A, 0x18, b"odd");
-        let packet = etherparse::SlicedPacket::from_ethernet(&frame).unwrap();
-        let Some(etherparse::TransportSlice::Tcp(tcp)) = packet.transport else {
+        let packet = SlicedPacket::from_ethernet(&frame).unwrap();
+        let Some(TransportSlice::Tcp(tcp)) = packet.transport else {
             panic!("no TCP in {frame:?}");
         };
         let sum = tcp.calc_checksum_ipv4(Host::Client.address().octets(), VIP.octets());
