@@ -277,3 +277,28 @@ fn a_restarted_standby_knows_no_flow_and_learns_the_new_ones() {
     lab.settle();
     assert!(lab.conns[old].reset && !lab.conns[new].reset);
 }
+
+/// The client has got more of the active's answers than a shadow's send buffer holds, and the standby lacks
+/// what they answer.
+#[test]
+fn a_client_that_is_far_ahead_of_the_standby_is_caught_up_with() {
+    for sack in [true, false] {
+        let tweaks = Tweaks {
+            client_buffer: 1 << 20,
+            active_buffer: 1 << 20,
+            sack,
+            ..Tweaks::default()
+        };
+        let mut lab = Lab::guarded(11);
+        let conn = lab.connect(Plan::echo(3_000_000), tweaks);
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 500_000));
+        lab.faults.tap_loss = 1000;
+        let before = lab.conns[conn].got;
+        lab.run_for(20 * MS);
+        assert!(lab.conns[conn].got > before + 200_000, "not far ahead");
+        let report = lab.fail_over(30 * MS);
+        assert_eq!((report.live, report.resets.len()), (1, 0));
+        lab.faults.tap_loss = 0;
+        lab.finish();
+    }
+}
