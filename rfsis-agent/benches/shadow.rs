@@ -67,6 +67,7 @@ fn flows(kind: HandlerKind) -> Flows {
         max_bytes: 1 << 30,
         idle_timeout: u64::MAX,
         mtu: 1500,
+        guarded: false,
     })
     .expect("smoltcp answers a SYN")
 }
