@@ -1,7 +1,7 @@
 //! What a load costs besides its speed: repeated segments, copies, CPU.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tests::Agent;
@@ -10,7 +10,7 @@ use tests::metrics::Metrics;
 use tests::netns::Namespace;
 use tests::report::median;
 
-use crate::process::{Machine, Thread, threads};
+use crate::process::{Machine, threads};
 use crate::site::Site;
 
 /// Counters at one moment.
@@ -21,7 +21,8 @@ pub struct Reading {
     active: Metrics,
     standby: Metrics,
     lost_on_cable: u64,
-    threads: BTreeMap<String, Thread>,
+    /// CPU and sleeps, by process and name.
+    threads: BTreeMap<String, (Duration, u64)>,
     machine: Machine,
 }
 
@@ -42,6 +43,8 @@ pub struct Usage {
     pub threads: BTreeMap<String, (f64, f64)>,
     /// Of all cores: in programs, in the kernel for them, in the kernel for packets, idle.
     pub machine: [f64; 4],
+    /// How idle each core was.
+    pub idle: Vec<f64>,
     /// Packets by what the ACK gate did with them, per second.
     pub verdicts: BTreeMap<String, f64>,
 }
@@ -61,10 +64,10 @@ impl Reading {
         ];
         for (who, process) in processes {
             for thread in process.map(threads).transpose()?.into_iter().flatten() {
-                let Thread { name, .. } = &thread;
-                let sum: &mut Thread = by_name.entry(format!("{who} {name}")).or_default();
-                sum.cpu += thread.cpu;
-                sum.sleeps += thread.sleeps;
+                let name = format!("{who} {}", thread.name);
+                let (cpu, sleeps) = by_name.entry(name).or_insert((Duration::ZERO, 0));
+                *cpu += thread.cpu;
+                *sleeps += thread.sleeps;
             }
         }
         Ok(Self {
@@ -86,9 +89,9 @@ impl Reading {
             scrape(self).sum(name, labels) - scrape(before).sum(name, labels)
         };
         let threads = self.threads.iter().map(|(name, now)| {
-            let then = before.threads.get(name).cloned().unwrap_or_default();
-            let cpu = now.cpu.saturating_sub(then.cpu).as_secs_f64() / seconds;
-            let sleeps = now.sleeps.saturating_sub(then.sleeps) as f64 / seconds;
+            let then = before.threads.get(name).copied().unwrap_or_default();
+            let cpu = now.0.saturating_sub(then.0).as_secs_f64() / seconds;
+            let sleeps = now.1.saturating_sub(then.1) as f64 / seconds;
             (name.clone(), (cpu, sleeps))
         });
         let verdicts = self.active.changed_since(&before.active).into_iter();
@@ -107,6 +110,7 @@ impl Reading {
             refused: grown(|r| &r.active, "rfsis_guard_refused_total", &[]),
             threads: threads.collect(),
             machine: self.machine.shares(&before.machine),
+            idle: self.machine.idle(&before.machine),
             verdicts: verdicts.collect(),
         }
     }
@@ -149,16 +153,23 @@ fn repeats(namespace: &Namespace) -> Result<u64> {
 const WORTH_SAYING: f64 = 0.02;
 
 /// Heads of the columns that [`costs`] fills.
-pub const COSTS: [&str; 3] = [
+pub const COSTS: [&str; 4] = [
     "machine: programs, kernel, packets, idle",
+    "idle, by CPU",
     "threads, of one core (sleeps/s)",
     "ACK gate, packets/s",
 ];
 
 /// What was busy: medians of all usages.
-pub fn costs(usages: &[&Usage]) -> [String; 3] {
+pub fn costs(usages: &[&Usage]) -> [String; 4] {
     let share = |index: usize| format!("{:.0}", 100.0 * typical(usages, |u| u.machine[index]));
     let machine: Vec<String> = (0..4).map(share).collect();
+    let cores = usages
+        .iter()
+        .map(|usage| usage.idle.len())
+        .min()
+        .unwrap_or(0);
+    let idle = (0..cores).map(|core| format!("{:.0}", 100.0 * typical(usages, |u| u.idle[core])));
     let verdicts: BTreeSet<&String> = usages.iter().flat_map(|u| u.verdicts.keys()).collect();
     let verdicts = verdicts.into_iter().map(|verdict| {
         let rate = typical(usages, |u| u.verdicts.get(verdict).copied().unwrap_or(0.0));
@@ -166,6 +177,7 @@ pub fn costs(usages: &[&Usage]) -> [String; 3] {
     });
     [
         format!("{} %", machine.join(", ")),
+        format!("{} %", idle.collect::<Vec<_>>().join(", ")),
         threads_of(usages).join(", "),
         verdicts.collect::<Vec<_>>().join(", "),
     ]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::unistd::Pid;
 use tests::Agent;
 
 /// utime + stime (proc_pid_stat(5), fields 14 and 15).
@@ -25,8 +26,10 @@ fn cpu_of(stat: &str) -> Result<(&str, Duration)> {
 }
 
 /// A thread, since it began.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Thread {
+    /// As the system calls mean it.
+    pub id: Pid,
     /// As `ps` shows it.
     pub name: String,
     /// utime + stime.
@@ -39,13 +42,16 @@ pub struct Thread {
 pub fn threads(process: u32) -> Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for task in std::fs::read_dir(format!("/proc/{process}/task"))? {
-        let task = task?.path();
+        let task = task?;
+        let id = Pid::from_raw(task.file_name().to_string_lossy().parse()?);
+        let task = task.path();
         let read = |file| std::fs::read_to_string(task.join(file));
         let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else {
             continue;
         };
         let (name, cpu) = cpu_of(&stat)?;
         threads.push(Thread {
+            id,
             name: name.to_owned(),
             cpu,
             sleeps: voluntary_switches(&status)?,
@@ -82,42 +88,51 @@ pub fn sleeps(agent: &Agent, thread: &str) -> Result<u64> {
         .sleeps)
 }
 
-/// What all cores together have done since they were started: clock ticks.
-#[derive(Clone, Copy, Debug)]
+/// What the cores have done since they were started: clock ticks of all together and of each.
+#[derive(Clone, Debug)]
 pub struct Machine {
-    program: f64,
-    kernel: f64,
-    packets: f64,
-    idle: f64,
+    all: [f64; 4],
+    each: Vec<[f64; 4]>,
 }
 
 impl Machine {
-    /// The first line of `/proc/stat`, proc_stat(5).
+    /// The lines `cpu` of `/proc/stat`, proc_stat(5).
     pub fn read() -> Result<Self> {
         let stat = std::fs::read_to_string("/proc/stat")?;
-        let line = stat.lines().next().unwrap_or_default();
+        let lines = stat.lines().take_while(|line| line.starts_with("cpu"));
+        let mut lines = lines.map(Self::line);
+        Ok(Self {
+            all: lines.next().context("/proc/stat is empty")??,
+            each: lines.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Ticks in programs, in the kernel for them, in the kernel for packets, idle.
+    fn line(line: &str) -> Result<[f64; 4]> {
         let ticks = line.split_whitespace().skip(1).map(str::parse::<f64>);
         let ticks: Vec<f64> = ticks.collect::<Result<_, _>>().context("/proc/stat")?;
         match ticks[..] {
-            [user, nice, system, idle, wait, interrupts, softirqs, ..] => Ok(Self {
-                program: user + nice,
-                kernel: system,
-                packets: interrupts + softirqs,
-                idle: idle + wait,
-            }),
+            [user, nice, system, idle, wait, interrupts, softirqs, ..] => {
+                Ok([user + nice, system, interrupts + softirqs, idle + wait])
+            }
             _ => anyhow::bail!("/proc/stat: {line:?}"),
         }
     }
 
-    /// Shares of programs, of the kernel for them, of packets, and of nothing, since `before`.
+    /// Shares since `before`: of programs, of the kernel for them, of packets, of nothing.
     pub fn shares(&self, before: &Machine) -> [f64; 4] {
-        let spent = [
-            self.program - before.program,
-            self.kernel - before.kernel,
-            self.packets - before.packets,
-            self.idle - before.idle,
-        ];
-        let total = spent.iter().sum::<f64>().max(1.0);
-        spent.map(|ticks| ticks / total)
+        shares(&self.all, &before.all)
     }
+
+    /// How idle each core was since `before`.
+    pub fn idle(&self, before: &Machine) -> Vec<f64> {
+        let pairs = self.each.iter().zip(&before.each);
+        pairs.map(|(now, then)| shares(now, then)[3]).collect()
+    }
+}
+
+fn shares(now: &[f64; 4], then: &[f64; 4]) -> [f64; 4] {
+    let spent: [f64; 4] = std::array::from_fn(|index| now[index] - then[index]);
+    let total = spent.iter().sum::<f64>().max(1.0);
+    spent.map(|ticks| ticks / total)
 }

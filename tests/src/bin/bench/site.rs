@@ -9,7 +9,11 @@ use tests::metrics::Metrics;
 use tests::{Agent, Bridge, Host, Lab, LabOptions, Pair, Settings, Wiring};
 
 use crate::plain::Plain;
+use crate::process::threads;
 use crate::settled::{VOID_MOST, is_standby, pair};
+
+/// How the names of the agent's threads begin that do not serve clients.
+const OWN_THREADS: &str = "rfsis-";
 
 /// How the service is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,7 +60,7 @@ enum Server {
 }
 
 /// A LAN with a client and a server, offloads on. The endpoints have a CPU each: the client the first, the
-/// server, which is the active, the last. The standby runs where there is room.
+/// service the last. What else the agents do runs where there is room.
 pub struct Site {
     /// The LAN.
     pub lab: Lab,
@@ -85,7 +89,7 @@ impl Site {
         if let (Some(active), true) = (site.active(), arm.is_sync()) {
             active.wait_metric("rfsis_protection", &[("mode", "sync")], 1.0);
         }
-        pin_process(site.server_pid(), last_cpu()?)?;
+        pin_service(site.server_pid(), last_cpu()?)?;
         Ok(site)
     }
 
@@ -212,10 +216,11 @@ pub fn pin_client() -> Result<()> {
     pin(Pid::from_raw(0), cpus()?[0])
 }
 
-fn pin_process(process: u32, cpu: usize) -> Result<()> {
-    for task in std::fs::read_dir(format!("/proc/{process}/task"))? {
-        let thread = task?.file_name().to_string_lossy().parse()?;
-        pin(Pid::from_raw(thread), cpu)?;
+/// Binds the threads that serve, and not those that watch over it.
+fn pin_service(process: u32, cpu: usize) -> Result<()> {
+    let threads = threads(process)?.into_iter();
+    for thread in threads.filter(|thread| !thread.name.starts_with(OWN_THREADS)) {
+        pin(thread.id, cpu)?;
     }
     Ok(())
 }
