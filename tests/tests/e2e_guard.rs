@@ -209,8 +209,6 @@ fn data_survives_the_death_of_the_active_between_confirmation_and_released_ack()
 }
 
 #[test]
-#[ignore = "a shadow does not believe a client that has got more of the active's answers than its send \
-            buffer holds: both wait for good"]
 fn a_stream_survives_the_death_of_the_active_between_much_data_and_its_copies() {
     const TOTAL: u64 = 64 << 20;
     let scene = Scene::set();
