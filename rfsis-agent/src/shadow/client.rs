@@ -140,11 +140,11 @@ impl Shadow {
             self.claimed = Some(ack);
             self.disbelieved = self.disbelieved.saturating_add(1);
             self.wants_ack |= self.live;
-            // The client of a guarded flow may have more answers of the active's than can be written here
-            // before it acknowledges them: it then waits for what this shadow has no room for.
             if !(self.live && self.handshake.guarded && self.disbelieved >= DISBELIEF) {
                 return Some(self.una);
             }
+            // The client's own: the active answered data of which no copy came, and died. The client sends
+            // that data again, and what the handler makes of it is acknowledged already.
             self.active_next = ack;
         }
         if clamped.stale && self.state() == State::SynReceived {
