@@ -121,9 +121,11 @@ fn a_stream_across_the_death(wiring: Wiring, death: Death) {
         let next = Duration::from_millis(1) * (number + 1);
         std::thread::sleep(next.saturating_sub(start.elapsed()));
     }
-    let heard: Vec<u32> = (0..COUNT)
+    let mut heard: Vec<u32> = (0..COUNT)
         .map(|_| client.hears().parse().unwrap())
         .collect();
+    // What the successor's kernel gets while the older ones are being answered may overtake them.
+    heard.sort_unstable();
     assert_eq!(heard, Vec::from_iter(0..COUNT));
     pair.wait_takeover();
     client.hears_nothing_more();
@@ -161,9 +163,9 @@ on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_over_a_sync_link: MirrorOver
         |wiring| unanswered_is_answered_by_the_successor(wiring, Death::Kill9);
     a_datagram_to_a_stopped_active_is_answered_once_by_its_successor =>
         |wiring| unanswered_is_answered_by_the_successor(wiring, Death::Stop);
-    a_stream_of_datagrams_across_a_kill_is_answered_each_once_and_in_order =>
+    a_stream_of_datagrams_across_a_kill_is_answered_each_once =>
         |wiring| a_stream_across_the_death(wiring, Death::Kill9);
-    a_stream_of_datagrams_across_a_stop_is_answered_each_once_and_in_order =>
+    a_stream_of_datagrams_across_a_stop_is_answered_each_once =>
         |wiring| a_stream_across_the_death(wiring, Death::Stop);
     what_the_active_answered_is_not_answered_again => |wiring| {
         let lab = wiring.lab();
