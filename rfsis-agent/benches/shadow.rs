@@ -1,7 +1,7 @@
 //! The shadow path from memory, no kernel involved: `cargo bench -p rfsis-agent`.
 //!
 //! Prints a table: frames per second on one core (best of several passes), memory per idle flow,
-//! and what a takeover costs with 1 and with 10 000 idle flows.
+//! what a takeover costs with 1 and with 10 000 idle flows, and what a sync datagram costs.
 
 use std::hint::black_box;
 use std::net::Ipv4Addr;
@@ -10,6 +10,7 @@ use std::time::Instant;
 use rfsis_agent::flows::{Effects, Flows, FlowsConfig};
 use rfsis_agent::handler::HandlerKind;
 use rfsis_agent::segment::flow_key;
+use rfsis_agent::sync::{Channel, Confirm, Record, Sack};
 use rfsis_agent::sys;
 use rfsis_agent::wire::{bare_repr, emit_packet};
 use rfsis_common::maps::{Direction, FlowKey};
@@ -66,6 +67,8 @@ fn flows(kind: HandlerKind) -> Flows {
         max_bytes: 1 << 30,
         idle_timeout: u64::MAX,
         mtu: 1500,
+        guarded: false,
+        copied: false,
     })
     .expect("smoltcp answers a SYN")
 }
@@ -211,6 +214,53 @@ fn takeover(count: usize) -> (f64, usize) {
     (best, spoke)
 }
 
+/// Nanoseconds to seal and to open a datagram with so many confirmations, best of several.
+fn sync(confirmations: u32) -> (f64, f64) {
+    const DATAGRAMS: usize = 1_000;
+    let (node, peer) = (Ipv4Addr::new(192, 168, 1, 1), Ipv4Addr::new(192, 168, 1, 2));
+    let key = [7; 32];
+    let (mut sealing, mut opening) = (f64::MAX, f64::MAX);
+    for _ in 0..PASSES {
+        let mut sender = Channel::new(&key, "bench", node, peer, 1);
+        sender.set_peer(Some(2));
+        let mut receiver = Channel::new(&key, "bench", peer, node, 2);
+        receiver.set_peer(Some(1));
+        let confirms = |ack| {
+            (0..confirmations).map(move |client| {
+                Record::Confirm(Confirm {
+                    flow: flow_key(Ipv4Addr::from(client), 40_000, 7),
+                    client_isn: CLIENT_ISN,
+                    ack,
+                    edge: ack + 65_535,
+                    sack: Sack::default(),
+                })
+            })
+        };
+        let mut datagrams = Vec::with_capacity(DATAGRAMS);
+        for ack in 0..DATAGRAMS as u32 {
+            sender.seal(1, false, confirms(ack), |datagram| {
+                datagrams.push(datagram.to_vec());
+            });
+        }
+        assert_eq!(datagrams.len(), DATAGRAMS, "one datagram holds them");
+        let start = Instant::now();
+        for ack in 0..DATAGRAMS as u32 {
+            sender.seal(1, false, confirms(ack), |datagram| {
+                black_box(datagram);
+            });
+        }
+        sealing = sealing.min(start.elapsed().as_nanos() as f64);
+        let start = Instant::now();
+        for datagram in &datagrams {
+            let opened = receiver.open(datagram, node, 1);
+            let records = opened.expect("sealed by the peer").records;
+            assert_eq!(black_box(records.count()), confirmations as usize);
+        }
+        opening = opening.min(start.elapsed().as_nanos() as f64);
+    }
+    (sealing / DATAGRAMS as f64, opening / DATAGRAMS as f64)
+}
+
 /// One line for the summary, as the other benchmarks print it: `=> what | measured | target | met?`.
 fn figure(what: &str, measured: &str, target: Option<(&str, bool)>) {
     let (target, met) = match target {
@@ -246,6 +296,12 @@ fn main() {
         let millis = seconds * 1e3;
         println!(
             "| all shadows live, {count} idle flows ({spoke} had to speak) | {millis:.3} ms |"
+        );
+    }
+    for confirmations in [1, 40] {
+        let (seal, open) = sync(confirmations);
+        println!(
+            "| sync datagram, confirmations: {confirmations} | sealed {seal:.0} ns, opened {open:.0} ns |"
         );
     }
     println!();

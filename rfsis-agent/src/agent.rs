@@ -1,9 +1,9 @@
 //! Start, stop, and who talks to whom.
 //!
 //! ```text
-//!  start:  control socket, metrics port ─► load ─► gate (closed) ─► XDP (standby) ─► VIP
+//!  start:  control socket, metrics port ─► load ─► gate (closed), mirror ─► XDP (standby) ─► VIP
 //!          ─► service sockets ─► shadow thread, heartbeat thread ─► run
-//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, gate detached
+//!  stop:   gate closed ─► service sockets aborted ─► VIP removed ─► XDP, mirror, gate detached
 //! ```
 //!
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -24,20 +24,31 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bpf::{self, Approvals, BpfError, Counters, LoadParams, Programs, XdpMode};
+use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
-use crate::config::{Config, Protocol};
-use crate::control::{self, FlowCounts, LastFailover, Peer, Request, Response, Status};
+use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
+use crate::control::{
+    self, FlowCounts, LastFailover, Peer, ProtectionStatus, Request, Response, Status,
+};
+use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
 use crate::flows::{Flows, FlowsConfig};
-use crate::heartbeat::Codec;
-use crate::metrics::{self, HeartbeatReceived, Metrics, Ring};
+use crate::guard::{Guard, GuardConfig};
+use crate::handler::{HandlerKind, Output};
+use crate::heartbeat::{Codec, Nanos};
+use crate::link::{self, KernelGuard, Link};
+use crate::metrics::{self, GuardCondition, HeartbeatReceived, Metrics, Protection, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
 use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
+use crate::sync::Channel;
 use crate::sys::{self, PacketSocket, RawIpSocket};
+use crate::tap;
+use crate::warm::keep_warm;
+use rfsis_common::ack_gate::AckGateVerdict;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// Real-time priority of the heartbeat thread: above what hosts usually run so, below the kernel's
@@ -46,10 +57,6 @@ const HEARTBEAT_PRIORITY: i32 = 40;
 
 /// The shadow thread must keep up with the wire, or copies are lost.
 const ENGINE_NICE: i32 = -20;
-
-/// Next hops that are kept resolved, and how often.
-const WARM_MOST: usize = 4096;
-const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How long ago the peer may have been heard for the node to call itself ready, at least.
 const READY_SILENCE: Duration = Duration::from_secs(1);
@@ -94,8 +101,10 @@ pub fn cleanup(config: &Config) -> Result<(), Fatal> {
         if netif.remove_vip_if_ours(config.virtual_ip).await? {
             tracing::info!(vip = %config.virtual_ip, "removed the VIP");
         }
-        bpf::cleanup(&config.interface).await?;
-        tracing::info!(interface = config.interface, "programs detached");
+        for interface in config.interfaces() {
+            bpf::cleanup(interface).await?;
+            tracing::info!(interface, "programs detached");
+        }
         Ok(())
     })
 }
@@ -114,6 +123,11 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     let netif = Netif::new(&config.interface).await?;
     let own = netif.own_node(&config.nodes).await?;
     netif.check_vip(config.virtual_ip)?;
+    let tap = tap::interface(&config, &netif).await?;
+    let sync_socket = match &config.protect {
+        Protect::Async => None,
+        Protect::Sync(sync) => Some(bind_sync(config.nodes[own], sync.port)?),
+    };
     let control = control::bind(&config.control).map_err(anyhow::Error::from)?;
     let metrics_port = metrics::bind(config.metrics)
         .await
@@ -127,13 +141,28 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
             .map(|service| service.port)
             .collect()
     };
+    let observed: Vec<u16> = config
+        .services
+        .iter()
+        .filter(|service| service.protocol == Protocol::Tcp)
+        .filter(|service| service.handler.output() == Output::Observed)
+        .map(|service| service.port)
+        .collect();
     let mut programs = Programs::load(LoadParams {
         vip: config.virtual_ip,
         service_ports: &ports(Protocol::Tcp),
+        observed_ports: &observed,
         datagram_ports: &ports(Protocol::Udp),
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
+        mirror: tap::mirror_params(&config, &tap),
+        guard: match config.protect {
+            Protect::Async => None,
+            Protect::Sync(_) => Some(GuardParams {
+                max_flows: config.shadow.max_flows as u32,
+            }),
+        },
     })?;
     programs.attach_gate(&config.interface)?;
     let result = attach_and_serve(
@@ -141,7 +170,9 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         role,
         own,
         &netif,
+        &tap,
         &mut programs,
+        sync_socket,
         control,
         metrics_port,
         &mut stop,
@@ -182,11 +213,14 @@ async fn attach_and_serve(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
+    sync_socket: Option<UdpSocket>,
     control: std::os::unix::net::UnixListener,
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
 ) -> Result<(), Fatal> {
+    tap::attach(config, programs)?;
     let xdp_mode = programs.attach_xdp(&config.interface)?;
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
@@ -208,7 +242,7 @@ async fn attach_and_serve(
     }
     metrics.heartbeat_age.set(f64::NAN);
     let shared = Arc::new(Shared::default());
-    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared));
+    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared, &metrics));
     let cancel = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
@@ -224,16 +258,32 @@ async fn attach_and_serve(
     let (warm, to_warm) = mpsc::channel(1024);
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
-    let (engine, engine_thread) =
-        start_engine(config, netif, programs, &metrics, &shared, warm, took_over)?;
+    // 0 stands for "no session" on the wire.
+    let session = getrandom::u64()
+        .context("cannot get a random number")?
+        .max(1);
+    let link = match (&config.protect, sync_socket) {
+        (Protect::Sync(sync), Some(socket)) => Some(make_link(
+            config, own, sync, socket, session, programs, &metrics,
+        )?),
+        _ => {
+            metrics.protection.choose(Protection::Async);
+            None
+        }
+    };
+    let (engine, engine_thread) = start_engine(
+        config, netif, tap, programs, &metrics, &shared, link, warm, took_over,
+    )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
         config,
         role,
         own,
         netif,
+        tap,
         programs,
         Parts {
+            session,
             engine: engine.clone(),
             services: services_state,
             metrics: Arc::clone(&metrics),
@@ -242,12 +292,7 @@ async fn attach_and_serve(
         },
     )?;
 
-    tasks.spawn(tell(
-        facts,
-        flows_took_over,
-        Arc::clone(&story),
-        Arc::clone(&metrics),
-    ));
+    tasks.spawn(tell(facts, flows_took_over, Arc::clone(&story)));
     let log = programs.take_log()?;
     tasks.spawn(async move {
         if let Err(error) = log.run().await {
@@ -289,6 +334,49 @@ async fn attach_and_serve(
     Ok(())
 }
 
+fn bind_sync(node: Ipv4Addr, port: u16) -> Result<UdpSocket, Fatal> {
+    link::bind(node, port).map_err(|error| {
+        let hint = "is another rfsis-agent running, or another program on this port? Choose another `sync_port` on both nodes";
+        Fatal::Failed(anyhow::Error::from(error).context(format!("cannot listen on udp {node}:{port}; {hint}")))
+    })
+}
+
+fn make_link(
+    config: &Config,
+    own: usize,
+    sync: &SyncConfig,
+    socket: UdpSocket,
+    session: u64,
+    programs: &mut Programs,
+    metrics: &Arc<Metrics>,
+) -> Result<Link, Fatal> {
+    let (node, peer) = (config.nodes[own], config.nodes[1 - own]);
+    metrics.protection.choose(Protection::Standby);
+    Ok(Link {
+        channel: Channel::new(&config.key.0, &config.cluster, node, peer, session),
+        socket,
+        peer: SocketAddrV4::new(peer, sync.port),
+        guard: Guard::new(GuardConfig {
+            vip: config.virtual_ip,
+            timeout: sync.timeout.as_nanos() as u64,
+            max_flows: config.shadow.max_flows,
+            idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
+        }),
+        gate: KernelGuard {
+            maps: programs.guard_maps()?,
+            socket: link::release_socket(&config.interface)
+                .map_err(|error| lacks_raw(error, "a marked raw IP socket"))?,
+            metrics: Arc::clone(metrics),
+        },
+        openings: programs.take_openings()?,
+        metrics: Arc::clone(metrics),
+        peer_session: None,
+        records: Vec::new(),
+        asked_at: 0,
+        timeout: sync.timeout.as_nanos() as u64,
+    })
+}
+
 /// Waits for a thread without blocking the runtime.
 async fn join(thread: JoinHandle<()>) {
     let _ = tokio::task::spawn_blocking(move || thread.join()).await;
@@ -315,33 +403,49 @@ fn start_vital(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinH
         .map_err(Fatal::Failed)
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn start_engine(
     config: &Config,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
     shared: &Arc<Shared>,
+    link: Option<Link>,
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
-    let tcp = |service: &&crate::config::Service| service.protocol == Protocol::Tcp;
+    let services = |protocol| -> HashMap<u16, HandlerKind> {
+        let services = config.services.iter();
+        services
+            .filter(|service| service.protocol == protocol)
+            .map(|service| (service.port, service.handler))
+            .collect()
+    };
     let flows = Flows::new(FlowsConfig {
         vip: config.virtual_ip,
-        services: config
-            .services
-            .iter()
-            .filter(tcp)
-            .map(|service| (service.port, service.handler))
-            .collect(),
+        services: services(Protocol::Tcp),
         max_flows: config.shadow.max_flows,
         max_bytes: config.shadow.max_bytes,
         idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
         mtu: netif.mtu as usize,
+        guarded: matches!(config.protect, Protect::Sync(_)),
+        copied: matches!(config.tap, Tap::Mirror(_)),
     })
     .map_err(anyhow::Error::from)?;
     let (handle, inbox) = engine::commands().context("cannot create an eventfd")?;
+    let datagrams = DatagramsConfig {
+        vip: config.virtual_ip,
+        services: services(Protocol::Udp),
+        window: config.udp_replay.as_nanos() as u64,
+    };
     let engine = Engine {
         flows,
+        datagrams: Datagrams::new(datagrams, metrics.datagrams_replayed.clone()),
+        link,
         effects: KernelEffects {
             socket: RawIpSocket::open(&config.interface)
                 .map_err(|error| lacks_raw(error, "a raw IP socket"))?,
@@ -350,6 +454,7 @@ fn start_engine(
             warm,
             metrics: Arc::clone(metrics),
         },
+        source: tap::frame_source(config, tap),
         frames: programs.take_frames()?,
         held: programs.take_held()?,
         lost: programs.lost_flows()?,
@@ -380,6 +485,7 @@ fn lacks_raw(error: io::Error, what: &str) -> Fatal {
 
 /// What the heartbeat thread talks to.
 struct Parts {
+    session: u64,
     engine: EngineHandle,
     services: watch::Sender<State>,
     metrics: Arc<Metrics>,
@@ -392,24 +498,22 @@ fn start_pulse(
     role: Role,
     own: usize,
     netif: &Netif,
+    tap: &Netif,
     programs: &mut Programs,
     parts: Parts,
 ) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
-    // 0 stands for "no session" on the wire.
-    let session = getrandom::u64()
-        .context("cannot get a random number")?
-        .max(1);
     let node = Node::new(
         NodeConfig {
             role,
             node: config.nodes[own],
             peer: config.nodes[1 - own],
             mac: netif.mac,
+            tap_mac: tap.mac,
             interval: config.heartbeat.interval,
             missed: config.heartbeat.missed,
             lease: config.heartbeat.lease,
             startup_grace: config.heartbeat.startup_grace,
-            session,
+            session: parts.session,
         },
         sys::monotonic(),
     );
@@ -424,6 +528,10 @@ fn start_pulse(
             .map_err(|error| lacks_raw(error, "a packet socket"))?,
         ring: programs.take_heartbeats()?,
         state: programs.state_map()?,
+        mirror: match config.tap {
+            Tap::Lan => None,
+            Tap::Mirror(_) => Some(programs.mirror()?),
+        },
         engine: parts.engine,
         services: parts.services,
         metrics: parts.metrics,
@@ -451,41 +559,28 @@ impl FlowGate for Approvals {
     }
 }
 
-/// Keeps next hops resolved while their flows are young, so that a takeover need not ask for them.
-async fn keep_warm(netif: Netif, mut clients: mpsc::Receiver<Ipv4Addr>) {
-    let mut warmed: HashMap<Ipv4Addr, Instant> = HashMap::new();
-    while let Some(client) = clients.recv().await {
-        let now = Instant::now();
-        if warmed
-            .get(&client)
-            .is_some_and(|at| now - *at < WARM_INTERVAL)
-        {
-            continue;
-        }
-        if warmed.len() >= WARM_MOST {
-            warmed.retain(|_, at| now - *at < WARM_INTERVAL);
-        }
-        if warmed.len() < WARM_MOST {
-            warmed.insert(client, now);
-        }
-        if let Err(error) = netif.warm_next_hop(client).await {
-            tracing::debug!(%client, %error, "next hop not resolved");
-        }
-    }
-}
-
 /// Logs and remembers what the threads have to say.
 async fn tell(
     mut notices: mpsc::UnboundedReceiver<Notice>,
     mut flows: mpsc::UnboundedReceiver<FlowsTookOver>,
     story: Arc<Story>,
-    metrics: Arc<Metrics>,
 ) {
     loop {
         tokio::select! {
             Some(notice) = notices.recv() => match notice {
                 Notice::Fact(fact) => log(&fact),
-                Notice::TookOver(takeover) => story.took_over(&takeover, &metrics),
+                Notice::TookOver(takeover) => story.took_over(&takeover),
+                Notice::Mirrors(peer) if peer.is_nobody() => {
+                    tracing::warn!("no standby is heard: the VIP's frames are not copied");
+                }
+                Notice::Mirrors(peer) => {
+                    let [a, b, c, d, e, f] = peer.mac();
+                    let standby = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+                    tracing::info!(standby, "copying the VIP's frames");
+                }
+                Notice::MirrorNotWritten => {
+                    tracing::error!("the kernel refused to be told whom to copy the VIP's frames to");
+                }
                 Notice::StateNotWritten => {
                     tracing::error!("the kernel refused the state; the gate closes with its lease");
                 }
@@ -534,6 +629,18 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
                 metrics.gate_packets.raise_to(verdict, gate.get(verdict));
             }
         }
+        if let Ok(mirror) = counters.mirror() {
+            for verdict in MirrorVerdict::ALL {
+                let count = mirror.get(verdict);
+                metrics.mirror_packets.raise_to(verdict, count);
+            }
+        }
+        if let Ok(ack_gate) = counters.ack_gate() {
+            for verdict in AckGateVerdict::ALL {
+                let count = ack_gate.get(verdict);
+                metrics.ack_gate_packets.raise_to(verdict, count);
+            }
+        }
         let node = story.shared.node();
         metrics.state.choose(node.state);
         metrics.epoch.set(node.epoch as i64);
@@ -541,6 +648,19 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
             metrics.heartbeat_age.set(age.as_secs_f64());
         }
     })
+}
+
+fn age(at: Nanos) -> Duration {
+    Duration::from_nanos(sys::monotonic().saturating_sub(at))
+}
+
+/// `Err` says when somebody was heard last, if that is longer ago than `most`.
+fn heard_within(age: Option<Duration>, most: Duration) -> Result<(), String> {
+    match age {
+        None => Err("never heard".to_owned()),
+        Some(age) if age > most => Err(format!("last heard {age:.1?} ago")),
+        Some(_) => Ok(()),
+    }
 }
 
 /// What the agent can tell about itself.
@@ -552,8 +672,11 @@ struct Story {
     interface: String,
     xdp_mode: XdpMode,
     ready_silence: Duration,
+    /// Of the sync channel, for an active node; `None` with `protect: async`.
+    sync_silence: Option<Duration>,
     started: Instant,
     shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
     failovers: Mutex<(u64, Option<LastFailover>)>,
 }
 
@@ -564,7 +687,9 @@ impl Story {
         own: usize,
         xdp_mode: XdpMode,
         shared: &Arc<Shared>,
+        metrics: &Arc<Metrics>,
     ) -> Self {
+        let ready_silence = READY_SILENCE.max(config.heartbeat.takeover_time());
         Self {
             node: config.nodes[own],
             peer: config.nodes[1 - own],
@@ -572,14 +697,19 @@ impl Story {
             virtual_ip: config.virtual_ip,
             interface: config.interface.clone(),
             xdp_mode,
-            ready_silence: READY_SILENCE.max(config.heartbeat.takeover_time()),
+            ready_silence,
+            sync_silence: match &config.protect {
+                Protect::Async => None,
+                Protect::Sync(sync) => Some(ready_silence.max(sync.timeout)),
+            },
             started: Instant::now(),
             shared: Arc::clone(shared),
+            metrics: Arc::clone(metrics),
             failovers: Mutex::default(),
         }
     }
 
-    fn took_over(&self, takeover: &Takeover, metrics: &Metrics) {
+    fn took_over(&self, takeover: &Takeover) {
         let duration = Duration::from_nanos(takeover.duration);
         tracing::info!(
             reason = takeover.reason.as_str(),
@@ -590,11 +720,13 @@ impl Story {
         if !TakeoverReason::FAILOVERS.contains(&takeover.reason) {
             return;
         }
-        metrics
+        self.metrics
             .failovers
             .with_label_values(&[takeover.reason.as_str()])
             .inc();
-        metrics.takeover_duration.observe(duration.as_secs_f64());
+        self.metrics
+            .takeover_duration
+            .observe(duration.as_secs_f64());
         let mut failovers = self
             .failovers
             .lock()
@@ -609,17 +741,45 @@ impl Story {
     }
 
     fn peer_age(&self) -> Option<Duration> {
-        let at = self.shared.peer_heard_at()?;
-        Some(Duration::from_nanos(sys::monotonic().saturating_sub(at)))
+        self.shared.peer_heard_at().map(age)
     }
 
+    fn sync_age(&self) -> Option<Duration> {
+        self.shared.sync_heard_at().map(age)
+    }
+
+    /// Whether this node's death would be survived, as far as it can tell: an active node that is to
+    /// protect and for long has not been able to is not ready, though it serves. Who restarts nodes one
+    /// after the other must wait here. A silence that is shorter is for `rfsis_protection` to show.
     fn ready(&self) -> Result<(), String> {
-        match self.peer_age() {
-            None => Err(format!("peer {} was never heard", self.peer)),
-            Some(age) if age > self.ready_silence => {
-                Err(format!("peer {} was last heard {age:.1?} ago", self.peer))
+        let peer = self.peer;
+        heard_within(self.peer_age(), self.ready_silence)
+            .map_err(|heard| format!("peer {peer} was {heard}"))?;
+        match self.sync_silence {
+            Some(most) if self.shared.node().state == State::Active => {
+                heard_within(self.sync_age(), most).map_err(|heard| {
+                    format!(
+                        "not protected: peer {peer} was {heard} on the sync channel (`sync_port`)"
+                    )
+                })
             }
-            Some(_) => Ok(()),
+            _ => Ok(()),
+        }
+    }
+
+    fn protection(&self) -> ProtectionStatus {
+        let flows = |condition| self.metrics.guarded_flows.get(condition) as u64;
+        ProtectionStatus {
+            // Chosen before the first question can be asked.
+            mode: self
+                .metrics
+                .protection
+                .chosen()
+                .unwrap_or(Protection::Standby),
+            guarded: flows(GuardCondition::Guarded),
+            exposed: flows(GuardCondition::Exposed),
+            opening: flows(GuardCondition::Opening),
+            sync_heard_seconds_ago: self.sync_age().map(|age| age.as_secs_f64()),
         }
     }
 
@@ -658,6 +818,7 @@ impl Story {
                     epoch,
                     heard_seconds_ago: age.as_secs_f64(),
                 }),
+            protection: self.protection(),
             flows: FlowCounts {
                 handshake: count(census.handshake),
                 lockstep: count(census.lockstep),
@@ -671,5 +832,100 @@ impl Story {
             ready: self.ready().is_ok(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::shared::NodeView;
+
+    /// The story of an agent with the shipped config and these lines instead of its protection.
+    fn story(protect: &str) -> Story {
+        let shipped = include_str!("../../config.yaml");
+        let text = shipped.replacen("protect: sync\n", &format!("{protect}\n"), 1);
+        let config = crate::config::parse(&text, Path::new("config.yaml")).unwrap();
+        let metrics = Arc::new(Metrics::new("test").unwrap());
+        let shared = Arc::default();
+        Story::new(
+            &config,
+            Role::Primary,
+            0,
+            XdpMode::Native,
+            &shared,
+            &metrics,
+        )
+    }
+
+    fn turn(story: &Story, state: State) {
+        let view = NodeView {
+            state,
+            epoch: 1,
+            peer: None,
+        };
+        assert!(story.shared.try_set_node(view));
+    }
+
+    fn ago(duration: Duration) -> Nanos {
+        sys::monotonic() - duration.as_nanos() as Nanos
+    }
+
+    #[test]
+    fn ready_is_who_heard_the_peer_within_a_second() {
+        let story = story("protect: async");
+        turn(&story, State::Active);
+        assert!(story.ready().unwrap_err().contains("never heard"));
+        story.shared.peer_heard(ago(Duration::from_secs(2)), [0; 6]);
+        let why = story.ready().unwrap_err();
+        assert!(why.contains("192.168.1.2 was last heard 2.0s ago"), "{why}");
+        story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+        assert_eq!(story.ready(), Ok(()));
+    }
+
+    #[test]
+    fn an_active_node_without_protection_for_long_is_not_ready_and_a_standby_is() {
+        let story = story("protect: sync\nprotect_timeout: 4s");
+        story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+        turn(&story, State::Standby);
+        assert_eq!(story.ready(), Ok(()));
+        turn(&story, State::Active);
+        let why = story.ready().unwrap_err();
+        assert!(
+            why.contains("not protected") && why.contains("sync_port"),
+            "{why}"
+        );
+        // Degraded or not: as long as this the clients may wait.
+        story.shared.sync_heard(ago(Duration::from_secs(3)));
+        assert_eq!(story.ready(), Ok(()));
+        story.shared.sync_heard(ago(Duration::from_secs(5)));
+        let why = story.ready().unwrap_err();
+        assert!(
+            why.contains("last heard 5.0s ago on the sync channel"),
+            "{why}"
+        );
+    }
+
+    #[test]
+    fn status_tells_what_the_gate_guards() {
+        let story = story("protect: sync");
+        let metrics = &story.metrics;
+        metrics.protection.choose(Protection::Standby);
+        metrics.protection.choose(Protection::Sync);
+        metrics.guarded_flows.set(GuardCondition::Guarded, 3.0);
+        metrics.guarded_flows.set(GuardCondition::Exposed, 2.0);
+        metrics.guarded_flows.set(GuardCondition::Opening, 1.0);
+        let expected = ProtectionStatus {
+            mode: Protection::Sync,
+            guarded: 3,
+            exposed: 2,
+            opening: 1,
+            sync_heard_seconds_ago: None,
+        };
+        assert_eq!(story.status().protection, expected);
+        story.shared.sync_heard(ago(Duration::from_secs(1)));
+        let heard = story.status().protection.sync_heard_seconds_ago.unwrap();
+        assert!((1.0..2.0).contains(&heard), "{heard}");
     }
 }

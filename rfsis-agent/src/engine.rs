@@ -1,4 +1,5 @@
-//! The shadow thread: frames from the ring to the [`Flows`], and what live shadows say to the wire.
+//! The shadow thread: frames from the ring to the [`Flows`] and [`Datagrams`], and what live shadows say to
+//! the wire.
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
@@ -10,11 +11,13 @@ use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
-use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent};
+use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
 
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
+use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
-use crate::heartbeat::Nanos;
+use crate::heartbeat::{MacAddr, Nanos};
+use crate::link::Link;
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::shared::Shared;
 use crate::sys::{self, RawIpSocket};
@@ -144,8 +147,14 @@ pub struct FlowsTookOver {
 pub struct Engine {
     /// The flows.
     pub flows: Flows,
+    /// UDP that waits for its answer.
+    pub datagrams: Datagrams,
+    /// The sync channel and the ACK gate, with `protect: sync`.
+    pub link: Option<Link>,
     /// What they do.
     pub effects: KernelEffects,
+    /// Where mirrored frames come from.
+    pub source: FrameSource,
     /// Mirrored frames.
     pub frames: RingBuf<MapData>,
     /// FIN and RST that the gate held.
@@ -178,7 +187,7 @@ impl Engine {
         let mut next_lost = 0;
         let mut next_census = 0;
         loop {
-            let more = self.take_frames(BATCH, Nanos::MAX);
+            let mut more = self.take_frames(BATCH, Nanos::MAX);
             loop {
                 match self.inbox.commands.try_recv() {
                     Ok(Command::GoLive { at }) => {
@@ -187,6 +196,10 @@ impl Engine {
                     }
                     Ok(Command::GoStandby) => {
                         self.flows.go_standby(&mut self.effects);
+                        self.datagrams.go_standby();
+                        if let Some(link) = &mut self.link {
+                            link.go_standby();
+                        }
                         next_census = 0;
                     }
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
@@ -198,6 +211,9 @@ impl Engine {
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
             }
+            if let Some(link) = &mut self.link {
+                more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
+            }
             if now >= next_lost {
                 next_lost = now + LOST_INTERVAL;
                 self.take_lost();
@@ -207,7 +223,9 @@ impl Engine {
                 next_census = now + CENSUS_INTERVAL.max(took * CENSUS_SHARE);
             }
             if !more {
+                let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_lost).min(next_census);
+                let until = until.min(link);
                 self.wait(until);
             }
         }
@@ -222,10 +240,16 @@ impl Engine {
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
-            let result = classify(&header, frame, &self.shared).map(|(direction, packet)| {
-                self.flows
-                    .process_frame(packet, direction, header.arrival_ns, &mut self.effects)
-            });
+            let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(
+                |(direction, packet)| {
+                    let arrival = header.arrival_ns;
+                    if datagrams::is_udp(packet) {
+                        return self.datagrams.process_frame(packet, direction, arrival);
+                    }
+                    self.flows
+                        .process_frame(packet, direction, arrival, &mut self.effects)
+                },
+            );
             drop(entry);
             self.metrics
                 .frames
@@ -241,6 +265,11 @@ impl Engine {
         // What was mirrored before the kernel took over belongs to the standby.
         while self.take_frames(BATCH, at) {}
         self.take_lost();
+        if let (Some(link), Some(heard_at)) = (&self.link, self.shared.peer_heard_at())
+            && link.was_deaf(heard_at)
+        {
+            self.flows.expose();
+        }
         let report = self.flows.go_live(sys::monotonic(), &mut self.effects);
         for &(reason, count) in &report.resets {
             self.metrics.flow_resets.add(reason, count as u64);
@@ -249,6 +278,11 @@ impl Engine {
             report,
             duration: sys::monotonic().saturating_sub(at),
         });
+        self.datagrams
+            .go_live(sys::monotonic(), |packet| self.effects.send(packet));
+        if let Some(link) = &mut self.link {
+            link.go_active(sys::monotonic());
+        }
     }
 
     fn take_held(&mut self) {
@@ -299,30 +333,50 @@ impl Engine {
         metrics
             .flows_refused
             .inc_by(refused.saturating_sub(metrics.flows_refused.get()));
+        if let Some(link) = &self.link {
+            link.count();
+        }
         sys::monotonic().saturating_sub(started)
     }
 
     fn wait(&self, until: Nanos) {
         let pause = Duration::from_nanos(until.saturating_sub(sys::monotonic()));
-        let mut fds = [
-            PollFd::new(self.frames.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.held.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.inbox.wake.as_fd(), PollFlags::POLLIN),
+        let own = [
+            self.frames.as_fd(),
+            self.held.as_fd(),
+            self.inbox.wake.as_fd(),
         ];
+        // The link's, or one of the own twice.
+        let link = self.link.as_ref().map_or([own[2]; 2], Link::fds);
+        let [a, b, c] = own;
+        let [d, e] = link;
+        let mut fds = [a, b, c, d, e].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
         let _ = self.inbox.wake.read();
     }
 }
 
-/// Direction and IPv4 packet of a frame, or why it is of no use.
+/// Where a standby's frames come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameSource {
+    /// The LAN brings them from clients and active alike.
+    Lan,
+    /// The active sends copies of them, which come in on the interface with this index.
+    Mirror(u32),
+}
+
+/// Direction and IPv4 packet of a frame, or why it is of no use. `peer` is the hardware address of the
+/// peer's tap, which its heartbeats authenticate.
 ///
-/// What comes from the VIP must come from the peer's hardware address, which its heartbeats
-/// authenticate: else anybody on the LAN could tell the shadows what the active said.
+/// What comes from the VIP must come from there: else anybody on the LAN could tell the shadows what the
+/// active said. So must copies in both directions: a bridge floods what it has not yet learnt, and what
+/// a client sends is not what the active got. Frames of live flows come from clients.
 fn classify<'a>(
     header: &FrameHeader,
     frame: &'a [u8],
-    shared: &Shared,
+    source: FrameSource,
+    peer: Option<MacAddr>,
 ) -> Result<(Direction, &'a [u8]), FrameResult> {
     const IPV4: [u8; 2] = [0x08, 0x00];
     let l3 = header.l3_offset as usize;
@@ -331,12 +385,93 @@ fn classify<'a>(
         return Err(FrameResult::NotTcp);
     }
     let packet = frame.get(l3..).ok_or(FrameResult::Malformed)?;
-    if header.direction == Direction::ToVip as u32 {
-        return Ok((Direction::ToVip, packet));
+    let direction = if header.direction == Direction::ToVip as u16 {
+        Direction::ToVip
+    } else {
+        Direction::FromVip
+    };
+    let from_peer = || peer.is_some_and(|mac| frame.get(6..12) == Some(&mac[..]));
+    let of_live_flow = header.state == State::Active as u16;
+    let expected = match source {
+        FrameSource::Mirror(ifindex) if !of_live_flow => header.ifindex == ifindex && from_peer(),
+        _ => direction == Direction::ToVip || from_peer(),
+    };
+    if expected {
+        Ok((direction, packet))
+    } else {
+        Err(FrameResult::Foreign)
     }
-    let source = frame.get(6..12);
-    if shared.peer_mac().is_none_or(|mac| source != Some(&mac)) {
-        return Err(FrameResult::Foreign);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: MacAddr = [2, 0, 0, 0, 0, 1];
+    const CLIENT: MacAddr = [2, 0, 0, 0, 0, 50];
+    const TAP: u32 = 7;
+
+    /// Whether a frame is taken for the shadows.
+    fn taken(
+        source: FrameSource,
+        state: State,
+        direction: Direction,
+        sender: MacAddr,
+        ifindex: u32,
+    ) -> bool {
+        let mut frame = [0; 60];
+        frame[6..12].copy_from_slice(&sender);
+        frame[12] = 8;
+        let header = FrameHeader {
+            arrival_ns: 1,
+            len: 60,
+            ifindex,
+            direction: direction as u16,
+            state: state as u16,
+            l3_offset: 14,
+        };
+        assert_eq!(
+            classify(&header, &frame, source, None).is_ok(),
+            direction == Direction::ToVip && (source == FrameSource::Lan || state == State::Active),
+            "while no peer is known"
+        );
+        match classify(&header, &frame, source, Some(PEER)) {
+            Ok(found) => {
+                assert_eq!(found, (direction, &frame[14..]));
+                true
+            }
+            Err(result) => {
+                assert_eq!(result, FrameResult::Foreign);
+                false
+            }
+        }
     }
-    Ok((Direction::FromVip, packet))
+
+    #[test]
+    fn a_standby_with_a_mirror_takes_only_copies_by_the_peer_on_its_tap() {
+        let source = FrameSource::Mirror(TAP);
+        for direction in [Direction::ToVip, Direction::FromVip] {
+            for state in [State::Standby, State::TakingOver, State::Fenced] {
+                assert!(taken(source, state, direction, PEER, TAP));
+                assert!(!taken(source, state, direction, CLIENT, TAP));
+                assert!(!taken(source, state, direction, PEER, TAP + 1));
+            }
+        }
+    }
+
+    #[test]
+    fn on_the_lan_anybody_may_speak_to_the_virtual_ip_and_only_the_peer_for_it() {
+        let lan = FrameSource::Lan;
+        assert!(taken(lan, State::Standby, Direction::ToVip, CLIENT, 1));
+        assert!(taken(lan, State::Standby, Direction::FromVip, PEER, 1));
+        assert!(!taken(lan, State::Standby, Direction::FromVip, CLIENT, 1));
+    }
+
+    #[test]
+    fn frames_of_live_flows_come_from_clients_with_either_tap() {
+        for source in [FrameSource::Lan, FrameSource::Mirror(TAP)] {
+            assert!(taken(source, State::Active, Direction::ToVip, CLIENT, 1));
+            assert!(!taken(source, State::Active, Direction::FromVip, CLIENT, 1));
+        }
+    }
 }

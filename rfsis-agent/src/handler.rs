@@ -132,9 +132,9 @@ impl StreamHandler for Discard {
 
 /// 95 printable characters, 72 a line, each line begins one character later (RFC 864 section 3).
 const CHARGEN_FIRST: u8 = b' ';
-const CHARGEN_CHARS: u64 = 95;
-const CHARGEN_TEXT: u64 = 72;
-const CHARGEN_LINE: usize = CHARGEN_TEXT as usize + 2;
+const CHARGEN_CHARS: usize = 95;
+const CHARGEN_TEXT: usize = 72;
+const CHARGEN_LINE: usize = CHARGEN_TEXT + 2;
 
 /// Never finishes by itself: where it would stop at the client's half-close would depend on timing.
 struct Chargen {
@@ -153,21 +153,30 @@ impl StreamHandler for Chargen {
     }
 }
 
-/// Writes the RFC 864 pattern from stream offset `position` on.
-pub fn chargen_fill(position: u64, room: &mut [u8]) {
-    let mut line = position / CHARGEN_LINE as u64;
-    let mut column = position % CHARGEN_LINE as u64;
-    for byte in room {
-        *byte = match column {
+/// The pattern until it repeats: as many lines as there are characters.
+static CHARGEN: [u8; CHARGEN_LINE * CHARGEN_CHARS] = {
+    let mut pattern = [0; CHARGEN_LINE * CHARGEN_CHARS];
+    let mut at = 0;
+    while at < pattern.len() {
+        let (line, column) = (at / CHARGEN_LINE, at % CHARGEN_LINE);
+        pattern[at] = match column {
             CHARGEN_TEXT => b'\r',
             73 => b'\n',
             _ => CHARGEN_FIRST + ((line + column) % CHARGEN_CHARS) as u8,
         };
-        column += 1;
-        if column == CHARGEN_LINE as u64 {
-            column = 0;
-            line += 1;
-        }
+        at += 1;
+    }
+    pattern
+};
+
+/// Writes the RFC 864 pattern from stream offset `position` on.
+pub fn chargen_fill(position: u64, mut room: &mut [u8]) {
+    let mut at = (position % CHARGEN.len() as u64) as usize;
+    while !room.is_empty() {
+        let count = room.len().min(CHARGEN.len() - at);
+        let (now, rest) = room.split_at_mut(count);
+        now.copy_from_slice(&CHARGEN[at..at + count]);
+        (room, at) = (rest, 0);
     }
 }
 

@@ -2,22 +2,28 @@
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
 //! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
-//! [`handler`] (what answers a service's bytes).
+//! [`guard`] (which of them the ACK gate guards), [`sync`] (what the nodes tell each other about them),
+//! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
-//! [`control`], [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
+//! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
+//! hops), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
 pub mod agent;
 pub mod announce;
+pub mod auth;
 pub mod bpf;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod datagrams;
 pub mod engine;
 pub mod flows;
+pub mod guard;
 pub mod handler;
 pub mod heartbeat;
+pub mod link;
 pub mod lockstep;
 pub mod metrics;
 pub mod netif;
@@ -28,6 +34,9 @@ pub mod segment;
 pub mod services;
 pub mod shadow;
 pub mod shared;
+pub mod sync;
 pub mod sys;
 pub mod tail;
+pub mod tap;
+pub mod warm;
 pub mod wire;

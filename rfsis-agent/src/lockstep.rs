@@ -91,6 +91,10 @@ pub const fn window_field(bytes: u32, shift: u8) -> u16 {
     }
 }
 
+/// See [`TimestampClock::leap`]: ms, and one in so many.
+const LEAP_MS: u32 = 2_000;
+const LEAP_DRIFT: u64 = 5_000;
+
 /// Continues the active's timestamp clock (RFC 7323 section 4): 1 ms a tick, as Linux ticks, and
 /// never back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +115,16 @@ impl TimestampClock {
             self.value = value;
             self.at = at;
         }
+    }
+
+    /// Leaps ahead of all that the active can have sent at `now`, where only its SYN-ACK was seen: that
+    /// came up to [`LEAP_MS`] late, and two hosts' clocks differ by up to [`LEAP_DRIFT`]. A leap costs
+    /// nothing: a client only compares (RFC 7323 section 5.3).
+    pub const fn leap(&mut self, now: Nanos) {
+        let elapsed = now.saturating_sub(self.at) / 1_000_000;
+        let drift = (elapsed / LEAP_DRIFT) as u32;
+        self.value = self.read(now).wrapping_add(LEAP_MS).wrapping_add(drift);
+        self.at = now;
     }
 
     /// The value to send at `now`.

@@ -13,11 +13,11 @@ use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
-use rfsis_common::maps::{HeartbeatEvent, NodeState, State};
+use rfsis_common::maps::{HeartbeatEvent, MirrorPeer, NodeState, State};
 use tokio::sync::{mpsc, watch};
 
 use crate::announce::{self, Announcer};
-use crate::bpf::StateWriter;
+use crate::bpf::{MirrorWriter, StateWriter};
 use crate::engine::{Command, EngineHandle};
 use crate::heartbeat::{Codec, MacAddr, Nanos};
 use crate::metrics::{HeartbeatReceived, HeartbeatSent, Metrics};
@@ -52,6 +52,10 @@ pub enum Notice {
     TookOver(Takeover),
     /// The kernel refused a write of the state: the gate closes when its lease lapses.
     StateNotWritten,
+    /// From now on the active copies the VIP's frames to this peer, or to nobody.
+    Mirrors(MirrorPeer),
+    /// The kernel refused to be told whom to copy to: it goes on as before.
+    MirrorNotWritten,
 }
 
 /// Everything the thread works with.
@@ -74,6 +78,8 @@ pub struct Pulse {
     pub ring: RingBuf<MapData>,
     /// The kernel's state.
     pub state: StateWriter,
+    /// Whom the kernel copies to, with tap `mirror`.
+    pub mirror: Option<MirrorWriter>,
     /// The shadows.
     pub engine: EngineHandle,
     /// The kernel sockets: `Active` while their connections are this node's.
@@ -127,6 +133,7 @@ impl Pulse {
         let mut runner = Runner {
             announcer: Announcer::default(),
             published: None,
+            mirrors: MirrorPeer::NOBODY,
             decided_at: 0,
             spoke_at: 0,
             took_over: None,
@@ -147,6 +154,7 @@ impl Pulse {
             if runner.announcer.due(now) {
                 self.announce(&mut runner);
             }
+            self.update_mirror(now, &mut runner);
             self.publish(&mut runner);
             let wakeup = self.node.next_wakeup().min(runner.announcer.next_wakeup());
             self.wait(&handle.wake, wakeup);
@@ -269,6 +277,28 @@ impl Pulse {
         runner.spoke_at = sys::monotonic();
     }
 
+    /// Copies go to a peer that is standby and heard: nobody else has a use for them.
+    fn update_mirror(&self, now: Nanos, runner: &mut Runner) {
+        let Some(mirror) = &self.mirror else {
+            return;
+        };
+        let speaks = matches!(self.node.state(), State::Active | State::TakingOver);
+        let listens = |state| state == State::Standby && self.node.peer_heard(now);
+        let peer = match self.node.peer() {
+            Some(peer) if speaks && listens(peer.state) => MirrorPeer::at(peer.tap_mac),
+            _ => MirrorPeer::NOBODY,
+        };
+        if peer == runner.mirrors {
+            return;
+        }
+        if mirror.write(peer).is_ok() {
+            runner.mirrors = peer;
+            self.notice(Notice::Mirrors(peer));
+        } else {
+            self.notice(Notice::MirrorNotWritten);
+        }
+    }
+
     fn notice(&self, notice: Notice) {
         // The receiver lives as long as the agent; at its end nobody listens.
         let _ = self.notices.send(notice);
@@ -299,8 +329,10 @@ impl Pulse {
     /// so on the next round.
     fn publish(&self, runner: &mut Runner) {
         let peer = self.node.peer();
+        self.shared
+            .set_session(self.node.epoch(), self.node.peer_session());
         if let Some(peer) = peer {
-            self.shared.peer_heard(peer.heard_at, peer.mac);
+            self.shared.peer_heard(peer.heard_at, peer.tap_mac);
         }
         let view = NodeView {
             state: self.node.state(),
@@ -317,6 +349,7 @@ impl Pulse {
 struct Runner {
     announcer: Announcer,
     published: Option<NodeView>,
+    mirrors: MirrorPeer,
     decided_at: Nanos,
     spoke_at: Nanos,
     took_over: Option<(TakeoverReason, u64)>,

@@ -5,14 +5,14 @@ use std::net::Ipv4Addr;
 use rfsis_common::maps::{Direction, FlowKey};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpOption, TcpPacket};
 
-/// Why a mirrored frame is not a segment for a shadow.
+/// Why a mirrored frame is not a segment for a shadow, nor a datagram to be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SegmentError {
     /// Lengths that contradict each other.
-    #[error("malformed IPv4 or TCP header")]
+    #[error("malformed IPv4, TCP or UDP header")]
     Malformed,
-    /// UDP, ICMP, a fragment: nothing that a shadow takes.
-    #[error("not an unfragmented TCP segment")]
+    /// ICMP, a fragment: another protocol than was asked for, or not in one piece.
+    #[error("not an unfragmented packet of its protocol")]
     NotTcp,
     /// The kernel of the active would drop it too.
     #[error("bad checksum")]
@@ -69,24 +69,47 @@ impl Segment<'_> {
 /// is what a sender on the same machine leaves to a network card that then is none (veth with
 /// transmit checksum offload, `CHECKSUM_PARTIAL` in linux/skbuff.h).
 pub fn parse(packet: &[u8], direction: Direction) -> Result<(FlowKey, Segment<'_>), SegmentError> {
-    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
-    if ip.version() != 4 || ip.header_len() < 20 {
-        return Err(SegmentError::Malformed);
-    }
-    if ip.next_header() != IpProtocol::Tcp || ip.more_frags() || ip.frag_offset() != 0 {
-        return Err(SegmentError::NotTcp);
-    }
-    if !ip.verify_checksum() {
+    let ip = parse_ipv4(packet, IpProtocol::Tcp)?;
+    let tcp = TcpPacket::new_checked(ip.payload()).map_err(|_| SegmentError::Malformed)?;
+    let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+    if !tcp.verify_partial_checksum(&from, &to) && !tcp.verify_checksum(&from, &to) {
         return Err(SegmentError::BadChecksum);
     }
+    read(&ip, direction)
+}
+
+/// Parses a packet that this host's kernel sends or has taken, perhaps without its payload and without
+/// a finished checksum.
+pub fn parse_headers(
+    packet: &[u8],
+    direction: Direction,
+) -> Result<(FlowKey, Segment<'_>), SegmentError> {
+    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
+    if ip.next_header() != IpProtocol::Tcp {
+        return Err(SegmentError::NotTcp);
+    }
+    read(&ip, direction)
+}
+
+/// Finishes the checksum of a TCP packet that a network card was to finish.
+pub fn complete_checksum(packet: &mut [u8]) {
+    let Ok(mut ip) = Ipv4Packet::new_checked(packet) else {
+        return;
+    };
+    let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+    if let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) {
+        tcp.fill_checksum(&from, &to);
+    }
+}
+
+fn read<'a>(
+    ip: &Ipv4Packet<&'a [u8]>,
+    direction: Direction,
+) -> Result<(FlowKey, Segment<'a>), SegmentError> {
     let (source, destination) = (ip.src_addr(), ip.dst_addr());
     let tcp = TcpPacket::new_checked(ip.payload()).map_err(|_| SegmentError::Malformed)?;
     if tcp.header_len() < 20 {
         return Err(SegmentError::Malformed);
-    }
-    let (from, to) = (source.into(), destination.into());
-    if !tcp.verify_partial_checksum(&from, &to) && !tcp.verify_checksum(&from, &to) {
-        return Err(SegmentError::BadChecksum);
     }
     let flow = match direction {
         Direction::ToVip => flow_key(source, tcp.src_port(), tcp.dst_port()),
@@ -103,6 +126,21 @@ pub fn parse(packet: &[u8], direction: Direction) -> Result<(FlowKey, Segment<'_
         payload: tcp.payload(),
     };
     Ok((flow, segment))
+}
+
+/// An IPv4 packet of this protocol in one piece, its header verified.
+pub fn parse_ipv4(packet: &[u8], protocol: IpProtocol) -> Result<Ipv4Packet<&[u8]>, SegmentError> {
+    let ip = Ipv4Packet::new_checked(packet).map_err(|_| SegmentError::Malformed)?;
+    if ip.version() != 4 || ip.header_len() < 20 {
+        return Err(SegmentError::Malformed);
+    }
+    if ip.next_header() != protocol || ip.more_frags() || ip.frag_offset() != 0 {
+        return Err(SegmentError::NotTcp);
+    }
+    if !ip.verify_checksum() {
+        return Err(SegmentError::BadChecksum);
+    }
+    Ok(ip)
 }
 
 /// The key of a flow, numbers in host byte order.

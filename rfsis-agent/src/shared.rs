@@ -25,8 +25,12 @@ pub struct Shared {
     node: Mutex<NodeView>,
     census: Mutex<Census>,
     peer_heard_at: AtomicU64,
-    /// The peer's hardware address in the low 48 bits, 0 if it was never heard.
-    peer_mac: AtomicU64,
+    /// The hardware address of the peer's tap in the low 48 bits, 0 if it was never heard.
+    peer_tap: AtomicU64,
+    /// The peer's session, 0 before it is proven.
+    peer_session: AtomicU64,
+    epoch: AtomicU64,
+    sync_heard_at: AtomicU64,
 }
 
 impl Default for Shared {
@@ -39,7 +43,10 @@ impl Default for Shared {
             }),
             census: Mutex::default(),
             peer_heard_at: AtomicU64::new(0),
-            peer_mac: AtomicU64::new(0),
+            peer_tap: AtomicU64::new(0),
+            peer_session: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
+            sync_heard_at: AtomicU64::new(0),
         }
     }
 }
@@ -69,12 +76,29 @@ impl Shared {
         *lock(&self.census) = census;
     }
 
-    /// The peer was heard at `at` (ns) from hardware address `mac`.
-    pub fn peer_heard(&self, at: Nanos, mac: MacAddr) {
+    /// The peer was heard at `at` (ns); its tap has hardware address `tap`.
+    pub fn peer_heard(&self, at: Nanos, tap: MacAddr) {
         self.peer_heard_at.store(at, Ordering::Relaxed);
-        let [a, b, c, d, e, f] = mac;
+        let [a, b, c, d, e, f] = tap;
         let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
-        self.peer_mac.store(number, Ordering::Relaxed);
+        self.peer_tap.store(number, Ordering::Relaxed);
+    }
+
+    /// The node's epoch, and the peer's session once it is proven.
+    pub fn set_session(&self, epoch: u64, peer: Option<u64>) {
+        self.epoch.store(epoch, Ordering::Relaxed);
+        self.peer_session
+            .store(peer.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// The peer's session, `None` before it is proven.
+    pub fn peer_session(&self) -> Option<u64> {
+        Some(self.peer_session.load(Ordering::Relaxed)).filter(|session| *session > 0)
+    }
+
+    /// The node's epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
     }
 
     /// When the peer was heard last, ns; `None` if never.
@@ -82,9 +106,19 @@ impl Shared {
         Some(self.peer_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
-    /// The peer's hardware address, as its authenticated heartbeats say.
-    pub fn peer_mac(&self) -> Option<MacAddr> {
-        let [_, _, mac @ ..] = self.peer_mac.load(Ordering::Relaxed).to_be_bytes();
+    /// The peer was heard on the sync channel at `at` (ns).
+    pub fn sync_heard(&self, at: Nanos) {
+        self.sync_heard_at.store(at, Ordering::Relaxed);
+    }
+
+    /// When the peer was heard on the sync channel last, ns; `None` if never.
+    pub fn sync_heard_at(&self) -> Option<Nanos> {
+        Some(self.sync_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// The hardware address of the peer's tap, as its authenticated heartbeats say.
+    pub fn peer_tap(&self) -> Option<MacAddr> {
+        let [_, _, mac @ ..] = self.peer_tap.load(Ordering::Relaxed).to_be_bytes();
         (mac != [0; 6]).then_some(mac)
     }
 }

@@ -114,6 +114,11 @@ impl RawIpSocket {
         Ok(Self(socket))
     }
 
+    /// Marks what is sent (`SO_MARK`, socket(7)). Errors: EPERM without CAP_NET_ADMIN.
+    pub fn mark(&self, mark: u32) -> io::Result<()> {
+        self.0.set_mark(mark)
+    }
+
     /// Sends one packet to the address in its own header (bytes 16..20); never blocks.
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
         let Some(destination) = packet.get(16..).and_then(|rest| rest.first_chunk::<4>()) else {

@@ -47,6 +47,8 @@ pub mod tcp_flags {
     pub const RST: u8 = 0x04;
     /// Acknowledgement field is significant.
     pub const ACK: u8 = 0x10;
+    /// Congestion was met (RFC 3168 section 6.1).
+    pub const ECE: u8 = 0x40;
 }
 
 /// What kind of frame it is, seen from the VIP.
@@ -102,6 +104,10 @@ impl Classified {
                 flags: 0,
                 seq: 0,
                 ack: 0,
+                window: 0,
+                offset: 0,
+                header_len: 0,
+                payload: 0,
             },
         }
     }
@@ -125,6 +131,14 @@ pub struct TcpPart {
     pub seq: u32,
     /// Acknowledgement number.
     pub ack: u32,
+    /// Window field, unscaled.
+    pub window: u16,
+    /// Bytes from the start of the frame to the TCP header.
+    pub offset: usize,
+    /// Bytes of the TCP header with its options, by its data offset: 0 to 60, not checked.
+    pub header_len: usize,
+    /// Bytes of data, by the IPv4 total length: of a super-frame, all of them.
+    pub payload: u32,
 }
 
 /// Classifies a frame. `vip` is in host byte order.
@@ -220,9 +234,11 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
         return Classified::new(FrameClass::Malformed, offset);
     }
     // Masked so that the verifier sees the bound: header_len is a multiple of 4 up to 60.
-    let Some(tcp) = frame.load::<14>(offset + (header_len & 0x3c)) else {
+    let tcp_offset = offset + (header_len & 0x3c);
+    let Some(tcp) = frame.load::<16>(tcp_offset) else {
         return Classified::new(FrameClass::Malformed, offset);
     };
+    let tcp_header_len = (tcp[12] >> 4) as usize * 4;
     let source_port = u16::from_be_bytes([tcp[0], tcp[1]]);
     let destination_port = u16::from_be_bytes([tcp[2], tcp[3]]);
     let flow = match direction {
@@ -243,6 +259,10 @@ fn classify_ipv4<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
         flags: tcp[13],
         seq: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
         ack: u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]),
+        window: u16::from_be_bytes([tcp[14], tcp[15]]),
+        offset: tcp_offset,
+        header_len: tcp_header_len,
+        payload: total_len.saturating_sub(header_len + tcp_header_len) as u32,
     };
     packet
 }

@@ -61,7 +61,7 @@ pub struct NodeState {
 
 /// One connection: the client's end and the service port. The VIP is the same for all.
 ///
-/// Numbers are in host byte order. Key of `LIVE_FLOWS`, `APPROVED_FLOWS` and `LOST_FLOWS`.
+/// Numbers are in host byte order. Key of `LIVE_FLOWS`, `APPROVED_FLOWS`, `LOST_FLOWS` and `GUARDED`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct FlowKey {
@@ -71,6 +71,61 @@ pub struct FlowKey {
     pub client_port: u16,
     /// TCP port of the service on the VIP.
     pub service_port: u16,
+}
+
+impl FlowKey {
+    /// Reads one as it lies in memory.
+    pub(crate) fn read(bytes: &[u8], offset: usize) -> Option<FlowKey> {
+        Some(FlowKey {
+            client_addr: u32_at(bytes, offset)?,
+            client_port: u16_at(bytes, offset + 4)?,
+            service_port: u16_at(bytes, offset + 6)?,
+        })
+    }
+}
+
+/// The one value of map `MIRROR`: to which hardware address the active copies the VIP's frames.
+///
+/// One word, so that a program never sees half of it: the address in the low 48 bits, 0 for nobody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct MirrorPeer(u64);
+
+impl MirrorPeer {
+    /// No copies.
+    pub const NOBODY: MirrorPeer = MirrorPeer(0);
+
+    /// Copies go to this hardware address; all zeros is nobody's.
+    #[inline(always)]
+    pub const fn at(mac: [u8; 6]) -> MirrorPeer {
+        let [a, b, c, d, e, f] = mac;
+        MirrorPeer(u64::from_be_bytes([0, 0, a, b, c, d, e, f]))
+    }
+
+    /// The word from a map or a global.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> MirrorPeer {
+        MirrorPeer(word)
+    }
+
+    /// The hardware address.
+    #[inline(always)]
+    pub const fn mac(self) -> [u8; 6] {
+        let [_, _, a, b, c, d, e, f] = self.0.to_be_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// Whether there is nobody to copy to.
+    #[inline(always)]
+    pub const fn is_nobody(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The word as it stands in the map.
+    #[inline(always)]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
 }
 
 /// Which way a mirrored frame goes.
@@ -94,7 +149,10 @@ pub struct FrameHeader {
     /// Interface that the frame came in on.
     pub ifindex: u32,
     /// [`Direction`] as a number; ARP requests for the VIP count as `ToVip`.
-    pub direction: u32,
+    pub direction: u16,
+    /// [`State`] of the node when the frame came in, as a number: on the active only frames of live
+    /// flows are mirrored.
+    pub state: u16,
     /// Bytes from the start of the frame to the layer-3 header (14, or more behind a VLAN tag 0).
     pub l3_offset: u32,
 }
@@ -111,7 +169,8 @@ impl FrameHeader {
             arrival_ns: u64_at(header, 0)?,
             len: u32_at(header, 8)?,
             ifindex: u32_at(header, 12)?,
-            direction: u32_at(header, 16)?,
+            direction: u16_at(header, 16)?,
+            state: u16_at(header, 18)?,
             l3_offset: u32_at(header, 20)?,
         };
         Some((header, rest.get(..header.len as usize)?))
@@ -181,11 +240,7 @@ impl HeldEvent {
     pub fn parse(entry: &[u8]) -> Option<HeldEvent> {
         Some(HeldEvent {
             at_ns: u64_at(entry, 0)?,
-            flow: FlowKey {
-                client_addr: u32_at(entry, 8)?,
-                client_port: u16_at(entry, 12)?,
-                service_port: u16_at(entry, 14)?,
-            },
+            flow: FlowKey::read(entry, 8)?,
             seq: u32_at(entry, 16)?,
             ack: u32_at(entry, 20)?,
             flags: u32_at(entry, 24)?,
@@ -202,7 +257,7 @@ fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
         .map(u16::from_ne_bytes)
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes
         .get(offset..)?
         .first_chunk()
@@ -210,7 +265,7 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
         .map(u32::from_ne_bytes)
 }
 
-fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     bytes
         .get(offset..)?
         .first_chunk()
@@ -224,6 +279,8 @@ pub mod names {
     pub const XDP: &str = "rfsis_xdp";
     /// TC program, egress.
     pub const GATE: &str = "rfsis_gate";
+    /// TC program, ingress: copies input to the standby.
+    pub const MIRROR_PROGRAM: &str = "rfsis_mirror";
     /// `Array<NodeState>`, one entry.
     pub const STATE: &str = "STATE";
     /// `HashMap<FlowKey, u8>`: flows that live on a shadow.
@@ -232,7 +289,8 @@ pub mod names {
     pub const APPROVED_FLOWS: &str = "APPROVED_FLOWS";
     /// `LruHashMap<FlowKey, u64>`: flows that lost a copy to a full ring, with the time, ns.
     pub const LOST_FLOWS: &str = "LOST_FLOWS";
-    /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds.
+    /// `HashMap<u16, u8>`: TCP ports of the services, whose FIN and RST the gate holds; [`super::PRESENT`]
+    /// or [`super::OBSERVED`].
     pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
     /// `HashMap<u16, u8>`: UDP ports of the services, whose ICMP port unreachable the gate holds.
     pub const DATAGRAM_PORTS: &str = "DATAGRAM_PORTS";
@@ -246,26 +304,57 @@ pub mod names {
     pub const XDP_COUNTERS: &str = "XDP_COUNTERS";
     /// `PerCpuArray<u64>` indexed by [`crate::verdict::GateVerdict`].
     pub const GATE_COUNTERS: &str = "GATE_COUNTERS";
+    /// `PerCpuArray<u64>` indexed by [`crate::mirror::MirrorVerdict`].
+    pub const MIRROR_COUNTERS: &str = "MIRROR_COUNTERS";
+    /// `Array<MirrorPeer>`, one entry.
+    pub const MIRROR: &str = "MIRROR";
+    /// `Array<u64>`, one entry: 1 while the ACK gate guards, 0 while it is open.
+    pub const GUARD: &str = "GUARD";
+    /// `HashMap<FlowKey, Guarded>` ([`crate::ack_gate::Guarded`]): flows that the standby knows.
+    pub const GUARDED: &str = "GUARDED";
+    /// `Array` of [`crate::ack_gate::Confirmation`], by slot.
+    pub const CONFIRMED: &str = "CONFIRMED";
+    /// `Array` of [`crate::ack_gate::Sent`], by slot.
+    pub const SENT: &str = "SENT";
+    /// `RingBuf` of [`crate::ack_gate::OpeningEvent`].
+    pub const OPENINGS: &str = "OPENINGS";
+    /// `PerCpuArray<u64>` indexed by [`crate::ack_gate::AckGateVerdict`].
+    pub const ACK_GATE_COUNTERS: &str = "ACK_GATE_COUNTERS";
     /// Global: the VIP, IPv4 in host byte order.
     pub const VIP: &str = "VIP";
+    /// Global: index of the interface that copies leave by; 0 if the tap is not `mirror`.
+    pub const MIRROR_IFINDEX: &str = "MIRROR_IFINDEX";
+    /// Global: hardware address of that interface, as [`super::MirrorPeer`] holds one.
+    pub const MIRROR_SOURCE: &str = "MIRROR_SOURCE";
+    /// Global: [`crate::mirror::MirrorEgress`] as a number.
+    pub const MIRROR_EGRESS: &str = "MIRROR_EGRESS";
+    /// Global: 1 with `protect: sync`, 0 without an ACK gate.
+    pub const ACK_GATE: &str = "ACK_GATE";
 }
 
 /// Name of a flow for maps with a plain marker value.
 pub const PRESENT: u8 = 1;
 
+/// Value of a port in `SERVICE_PORTS` whose service answers what only the active knows: all that it sends
+/// is copied to the standby.
+pub const OBSERVED: u8 = 2;
+
 #[cfg(feature = "user")]
 mod pod {
-    use super::{FlowKey, NodeState};
+    use super::{FlowKey, MirrorPeer, NodeState};
 
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for NodeState {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: one integer: every bit pattern is valid.
+    unsafe impl aya::Pod for MirrorPeer {}
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ack_gate::{Guarded, OPENING_CAPTURE, OpeningEvent, Sent};
 
     #[test]
     fn an_entry_shorter_than_it_says_is_refused() {
@@ -287,14 +376,34 @@ mod tests {
         let entry = [0_u8; size_of::<HeldEvent>()];
         assert_eq!(HeldEvent::parse(&entry), Some(HeldEvent::default()));
         assert_eq!(HeldEvent::parse(&entry[1..]), None);
+
+        let mut entry = [0_u8; size_of::<OpeningEvent>()];
+        entry[16] = OPENING_CAPTURE as u8;
+        let event = OpeningEvent::parse(&entry).unwrap();
+        assert_eq!(event.packet().len(), OPENING_CAPTURE);
+        assert!(OpeningEvent::parse(&entry[..entry.len() - 1]).is_none());
+        entry[16] += 1;
+        assert!(OpeningEvent::parse(&entry).is_none());
+    }
+
+    #[test]
+    fn a_mirror_peer_gives_back_its_address_and_only_zeros_are_nobody() {
+        let mac = [0x02, 1, 2, 3, 4, 0xff];
+        assert_eq!(MirrorPeer::at(mac).mac(), mac);
+        assert!(!MirrorPeer::at([0, 0, 0, 0, 0, 1]).is_nobody());
+        assert_eq!(MirrorPeer::at([0; 6]), MirrorPeer::NOBODY);
+        assert!(MirrorPeer::NOBODY.is_nobody());
     }
 
     #[test]
     fn no_layout_has_hidden_padding() {
         assert_eq!(size_of::<NodeState>(), 16);
         assert_eq!(size_of::<FlowKey>(), 8);
-        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 4);
+        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 2 + 2 * 2 + 4);
         assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
         assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
+        assert_eq!(size_of::<Guarded>(), 4 * 3);
+        assert_eq!(size_of::<Sent>(), 8 + 4 * 10);
+        assert_eq!(size_of::<OpeningEvent>(), 8 + 8 + 4 * 2 + OPENING_CAPTURE);
     }
 }

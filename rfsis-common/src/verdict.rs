@@ -1,7 +1,7 @@
 //! What is done with a frame: pure functions that the eBPF programs and the simulation both call.
 
 use crate::frame::{Classified, FrameClass, TcpPart, tcp_flags};
-use crate::maps::{Direction, NodeState, State};
+use crate::maps::{Direction, MirrorPeer, NodeState, State};
 
 /// What the XDP program did with a frame; index into `XDP_COUNTERS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,15 +122,18 @@ pub enum GateVerdict {
     /// FIN or RST that nobody approved: dropped and reported; ICMP port unreachable for a service's
     /// UDP port: dropped.
     Held = 3,
+    /// From the VIP and addressed to the standby's tap, as copies are: passed, and not copied again.
+    Copy = 4,
 }
 
 impl GateVerdict {
     /// All, in the order of their numbers.
-    pub const ALL: [GateVerdict; 4] = [
+    pub const ALL: [GateVerdict; 5] = [
         GateVerdict::Other,
         GateVerdict::Passed,
         GateVerdict::Closed,
         GateVerdict::Held,
+        GateVerdict::Copy,
     ];
 
     /// Value of the metrics label `verdict`.
@@ -140,6 +143,7 @@ impl GateVerdict {
             GateVerdict::Passed => "passed",
             GateVerdict::Closed => "closed",
             GateVerdict::Held => "held",
+            GateVerdict::Copy => "copy",
         }
     }
 }
@@ -177,6 +181,21 @@ pub fn gate_decide(
         }
         None if matches!(frame.class, FrameClass::Vip) && refuses_service() => GateVerdict::Held,
         _ => GateVerdict::Passed,
+    }
+}
+
+/// The last word on a packet that [`gate_decide`] judged: a copy is what the gate passes to the
+/// standby's hardware address.
+///
+/// A copy is told by its address and not by a mark: marks are the host's to use. So it has to pass the
+/// gate like everything else, and whoever forges one gains nothing: the standby is where it goes.
+#[inline(always)]
+pub fn tell_copy(verdict: GateVerdict, destination: MirrorPeer, peer: MirrorPeer) -> GateVerdict {
+    match verdict {
+        GateVerdict::Passed if !peer.is_nobody() && destination.word() == peer.word() => {
+            GateVerdict::Copy
+        }
+        verdict => verdict,
     }
 }
 
@@ -287,6 +306,20 @@ mod tests {
             let frame = classify(&frame, VIP);
             let ask = || panic!("asked of {frame:?}");
             gate_decide(&frame, &OPEN, 0, |_| true, |_| false, ask);
+        }
+    }
+
+    #[test]
+    fn a_copy_is_what_passes_to_the_standby_and_nothing_that_the_gate_stops() {
+        let peer = MirrorPeer::at([2, 0, 0, 0, 0, 2]);
+        let client = MirrorPeer::at([2, 0, 0, 0, 0, 50]);
+        use GateVerdict::{Closed, Copy, Held, Other, Passed};
+        assert_eq!(tell_copy(Passed, peer, peer), Copy);
+        assert_eq!(tell_copy(Passed, client, peer), Passed);
+        let nobody = MirrorPeer::NOBODY;
+        assert_eq!(tell_copy(Passed, nobody, nobody), Passed);
+        for verdict in [Other, Closed, Held] {
+            assert_eq!(tell_copy(verdict, peer, peer), verdict);
         }
     }
 

@@ -6,34 +6,22 @@
 //! and behind the last one the packet leaves).
 
 use aya_ebpf::{
-    bindings::{TC_ACT_STOLEN, TC_ACT_UNSPEC},
+    bindings::{TC_ACT_SHOT, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::generated::bpf_ktime_get_ns,
     macros::classifier,
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
-use rfsis_common::frame::{Frame, TcpPart, classify, refused_udp_port};
-use rfsis_common::maps::HeldEvent;
-use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval};
+use rfsis_common::frame::{TcpPart, classify, refused_udp_port};
+use rfsis_common::maps::{HeldEvent, MirrorPeer};
+use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval, tell_copy};
 
 use crate::maps::{
-    APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, node_state, vip, worth_logging,
+    APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, mirror_peer, node_state, vip,
+    worth_logging,
 };
-
-struct SkbFrame<'a>(&'a TcContext);
-
-impl Frame for SkbFrame<'_> {
-    #[inline(always)]
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        // By helper, not by packet pointer: headers may lie outside the linear part.
-        self.0.load::<[u8; N]>(offset).ok()
-    }
-
-    #[inline(always)]
-    fn frame_len(&self) -> usize {
-        self.0.len() as usize
-    }
-}
+use crate::skb::SkbFrame;
+use crate::{ack_gate, mirror};
 
 /// Filter on clsact egress.
 #[classifier]
@@ -55,9 +43,13 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 .is_some_and(|port| unsafe { DATAGRAM_PORTS.get(port).is_some() })
         },
     );
+    let verdict = match ctx.load::<[u8; 6]>(0) {
+        Ok(destination) => tell_copy(verdict, MirrorPeer::at(destination), mirror_peer()),
+        Err(_) => verdict,
+    };
     let count = count_gate(verdict);
     match verdict {
-        GateVerdict::Other => TC_ACT_UNSPEC,
+        GateVerdict::Other | GateVerdict::Copy => TC_ACT_UNSPEC,
         GateVerdict::Passed => {
             if let Some(tcp) = frame.tcp()
                 && revokes_approval(tcp)
@@ -65,7 +57,14 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 // Fails where there is none, which is the usual case.
                 let _ = APPROVED_FLOWS.remove(tcp.flow);
             }
-            TC_ACT_UNSPEC
+            if !ack_gate::admit(&ctx, &frame, now_ns) {
+                return TC_ACT_STOLEN;
+            }
+            if mirror::offer(&ctx, &frame, now_ns) {
+                TC_ACT_UNSPEC
+            } else {
+                TC_ACT_SHOT
+            }
         }
         GateVerdict::Closed => TC_ACT_STOLEN,
         GateVerdict::Held => {

@@ -1,12 +1,16 @@
 //! The programs of RFSIS in the kernel. Thin: parse (`rfsis_common::frame`), look up ([`maps`]),
 //! decide (`rfsis_common::verdict`), act, count.
 //!
-//! Read [`xdp`] (ingress: who sees a frame) and [`gate`] (egress: who may speak).
+//! Read [`xdp`] (ingress: who sees a frame), [`gate`] (egress: who may speak), [`ack_gate`] (what a client
+//! is told) and [`mirror`] (what the active copies to the standby).
 #![no_std]
 #![no_main]
 
+mod ack_gate;
 mod gate;
 mod maps;
+mod mirror;
+mod skb;
 mod xdp;
 
 /// The helpers for ring buffers and time are open to GPL-compatible programs only.

@@ -5,12 +5,33 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use rfsis_common::maps::{FlowKey, NodeState};
+use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
+use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// The VIP, IPv4 in host byte order; the loader sets it.
 #[unsafe(no_mangle)]
 static VIP: Global<u32> = Global::new(0);
+
+/// Interface that copies leave by, 0 for none; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_IFINDEX: Global<u32> = Global::new(0);
+
+/// Hardware address of that interface; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_SOURCE: Global<u64> = Global::new(0);
+
+/// `MirrorEgress` as a number; the loader sets it.
+#[unsafe(no_mangle)]
+static MIRROR_EGRESS: Global<u32> = Global::new(0);
+
+/// 1 with an ACK gate, 0 without; the loader sets it.
+#[unsafe(no_mangle)]
+static ACK_GATE: Global<u32> = Global::new(0);
+
+#[map]
+static MIRROR: Array<MirrorPeer> = Array::with_max_entries(1, 0);
 
 #[map]
 static STATE: Array<NodeState> = Array::with_max_entries(1, 0);
@@ -45,12 +66,39 @@ pub static FRAMES: RingBuf = RingBuf::with_byte_size(32 * 1024 * 1024, 0);
 pub static HELD: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
 #[map]
+static GUARD: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+pub static GUARDED: HashMap<FlowKey, Guarded> = HashMap::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+static CONFIRMED: Array<Confirmation> = Array::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+static SENT: Array<Sent> = Array::with_max_entries(1, 0);
+
+/// More than 3,000 handshakes.
+#[map]
+pub static OPENINGS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+
+#[map]
 static XDP_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(XdpVerdict::ALL.len() as u32, 0);
 
 #[map]
 static GATE_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(GateVerdict::ALL.len() as u32, 0);
+
+#[map]
+static MIRROR_COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(MirrorVerdict::ALL.len() as u32, 0);
+
+#[map]
+static ACK_GATE_COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(AckGateVerdict::ALL.len() as u32, 0);
 
 /// The VIP, host byte order.
 #[inline(always)]
@@ -74,6 +122,100 @@ pub fn node_state() -> NodeState {
     }
 }
 
+/// The interface that copies leave by, 0 for none.
+#[inline(always)]
+pub fn mirror_ifindex() -> u32 {
+    MIRROR_IFINDEX.load()
+}
+
+/// The hardware address that copies come from.
+#[inline(always)]
+pub fn mirror_source() -> MirrorPeer {
+    MirrorPeer::from_word(MIRROR_SOURCE.load())
+}
+
+/// What of the VIP's output is copied.
+#[inline(always)]
+pub fn mirror_egress() -> MirrorEgress {
+    if MIRROR_EGRESS.load() == MirrorEgress::Handshake as u32 {
+        MirrorEgress::Handshake
+    } else {
+        MirrorEgress::Full
+    }
+}
+
+/// To whom the VIP's frames are copied, as the agent wrote it last.
+#[inline(always)]
+pub fn mirror_peer() -> MirrorPeer {
+    match MIRROR.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
+        // volatile, so that it is read once.
+        Some(peer) => unsafe { core::ptr::read_volatile(peer) },
+        None => MirrorPeer::NOBODY,
+    }
+}
+
+/// Whether there is an ACK gate. Known when the programs are loaded: without one the verifier removes
+/// what it would cost.
+#[inline(always)]
+pub fn has_ack_gate() -> bool {
+    ACK_GATE.load() != 0
+}
+
+/// Whether the ACK gate guards, as the agent wrote it last: a standby answers.
+#[inline(always)]
+pub fn is_guarding() -> bool {
+    match GUARD.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
+        // volatile, so that it is read once.
+        Some(mode) => unsafe { core::ptr::read_volatile(mode) != 0 },
+        None => false,
+    }
+}
+
+/// What the standby confirmed of the flow in a slot, as the agent wrote it last.
+#[inline(always)]
+pub fn confirmation(slot: u32) -> Option<Confirmation> {
+    let confirmation = CONFIRMED.get_ptr(slot)?;
+    // SAFETY: the pointer is to an element of the array, one word that the agent may be writing:
+    // volatile, so that it is read once.
+    Some(unsafe { core::ptr::read_volatile(confirmation) })
+}
+
+/// What is known of a flow, if the standby knows it.
+#[inline(always)]
+pub fn guarded(flow: FlowKey) -> Option<Guarded> {
+    // SAFETY: copied at once; an entry is replaced as a whole, never written in place.
+    unsafe { GUARDED.get(flow).copied() }
+}
+
+/// Behind the last sequence number that the kernel sent on a flow that the standby knows.
+#[inline(always)]
+pub fn sent_next(flow: FlowKey) -> Option<u32> {
+    let sent = sent(guarded(flow)?.slot)?;
+    // SAFETY: the pointer is to an element of the array; the gate may be writing this word on another
+    // CPU: volatile, so that it is read once.
+    Some(unsafe { core::ptr::read_volatile(&raw const (*sent).next) })
+}
+
+/// Where it stands what the kernel sent of the flow in a slot.
+#[inline(always)]
+pub fn sent(slot: u32) -> Option<*mut Sent> {
+    SENT.get_ptr_mut(slot)
+}
+
+/// Counts a verdict of the ACK gate; gives this CPU's count.
+#[inline(always)]
+pub fn count_ack_gate(verdict: AckGateVerdict) -> u64 {
+    count(&ACK_GATE_COUNTERS, verdict as u32)
+}
+
+/// Counts what became of a copy; gives this CPU's count.
+#[inline(always)]
+pub fn count_mirror(verdict: MirrorVerdict) -> u64 {
+    count(&MIRROR_COUNTERS, verdict as u32)
+}
+
 /// Counts a verdict of the XDP program; gives this CPU's count.
 #[inline(always)]
 pub fn count_xdp(verdict: XdpVerdict) -> u64 {
@@ -89,7 +231,8 @@ pub fn count_gate(verdict: GateVerdict) -> u64 {
 #[inline(always)]
 fn count(counters: &PerCpuArray<u64>, index: u32) -> u64 {
     match counters.get_ptr_mut(index) {
-        // SAFETY: the slot is this CPU's alone and programs of one hook do not interrupt each other.
+        // SAFETY: the slot is this CPU's alone, and programs do not interrupt each other: both hooks of
+        // TC and XDP run with bottom halves off.
         Some(counter) => unsafe {
             *counter += 1;
             *counter

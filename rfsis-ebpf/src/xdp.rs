@@ -13,7 +13,7 @@ use aya_log_ebpf::warn;
 use core::mem::MaybeUninit;
 use rfsis_common::frame::{Classified, Frame, classify};
 use rfsis_common::maps::{
-    FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, State,
+    FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, NodeState, State,
 };
 use rfsis_common::verdict::{XdpAction, XdpVerdict, xdp_decide};
 
@@ -64,7 +64,7 @@ pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
             xdp_action::XDP_PASS
         }
         XdpAction::Mirror => {
-            mirror(&frame, &class, node.state);
+            mirror(&frame, &class, &node);
             xdp_action::XDP_DROP
         }
         XdpAction::Heartbeat => {
@@ -76,20 +76,21 @@ pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
 
 /// Copies a frame to the ring; where that fails, says which flow lost it.
 #[inline(always)]
-fn mirror(frame: &XdpFrame<'_>, class: &Classified, state: u64) {
+fn mirror(frame: &XdpFrame<'_>, class: &Classified, node: &NodeState) {
     let header = FrameHeader {
         arrival_ns: now_ns(),
         len: frame.frame_len() as u32,
         ifindex: ifindex(frame),
-        direction: class.direction as u32,
+        direction: class.direction as u16,
+        state: node.state() as u16,
         l3_offset: class.l3_offset as u32,
     };
     if copy_to_ring(frame, &header) {
         let count = count_xdp(XdpVerdict::Mirrored);
-        if state >= State::ALL.len() as u64 && worth_logging(count) {
+        if node.state >= State::ALL.len() as u64 && worth_logging(count) {
             warn!(
                 frame.0,
-                "STATE holds {}, which is no state: read as standby", state
+                "STATE holds {}, which is no state: read as standby", node.state
             );
         }
         return;

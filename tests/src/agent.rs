@@ -33,6 +33,27 @@ pub mod port {
     pub const CHARGEN: u16 = 19;
 }
 
+/// How the agents get the VIP's frames to the standby.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tap {
+    /// The LAN does.
+    Lan,
+    /// The active copies them.
+    Mirror,
+    /// The active copies them by this interface.
+    MirrorOver(&'static str),
+}
+
+impl Tap {
+    fn yaml(self) -> String {
+        match self {
+            Tap::Lan => "tap: lan\n".into(),
+            Tap::Mirror => "tap: mirror\n".into(),
+            Tap::MirrorOver(interface) => format!("tap: mirror\nsync_interface: {interface}\n"),
+        }
+    }
+}
+
 /// What the agents of a lab are told. The same for both nodes.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -40,6 +61,15 @@ pub struct Settings {
     pub cluster: String,
     /// Cluster key, 32 bytes or more.
     pub key: String,
+    /// How the standby gets the VIP's frames.
+    pub tap: Tap,
+    /// Whether clients' ACKs wait for the standby: `sync`, else `async`.
+    pub sync: bool,
+    /// How long the standby may be silent before clients no longer wait for it, as the config writes it;
+    /// the default if not given. Only with `sync`.
+    pub protect_timeout: Option<String>,
+    /// How long a datagram waits for its answer, as the config writes it; the default if not given.
+    pub udp_replay: Option<String>,
     /// Heartbeat interval as the config writes it.
     pub interval: String,
     /// Intervals without heartbeat until takeover.
@@ -55,6 +85,10 @@ impl Default for Settings {
         Self {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
+            tap: Tap::Lan,
+            sync: false,
+            protect_timeout: None,
+            udp_replay: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
             startup_grace: format!("{}s", slowness()),
@@ -77,10 +111,18 @@ impl Settings {
         let Self {
             cluster,
             key,
+            tap,
+            sync,
+            protect_timeout,
+            udp_replay,
             interval,
             missed,
             startup_grace,
         } = self;
+        let given = |key: &str, value: &Option<String>| {
+            let line = value.as_ref().map(|value| format!("{key}: {value}\n"));
+            line.unwrap_or_default()
+        };
         let nodes = [Host::A, Host::B].map(|host| host.address().to_string());
         let mut text = format!(
             "cluster: {cluster}\n\
@@ -88,13 +130,18 @@ impl Settings {
              virtual_ip: {VIP}/24\n\
              nodes: [{}]\n\
              key: {key:?}\n\
-             tap: lan\n\
-             protect: async\n\
+             {}\
+             protect: {}\n\
+             {}{}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
              services:\n",
-            nodes.join(", ")
+            nodes.join(", "),
+            tap.yaml(),
+            if *sync { "sync" } else { "async" },
+            given("protect_timeout", protect_timeout),
+            given("udp_replay", udp_replay),
         );
         for (handler, number) in [
             ("echo", port::ECHO),
@@ -325,6 +372,27 @@ impl Agent {
         )
     }
 
+    /// Waits until the ACK gate guards, if there is one.
+    ///
+    /// # Panics
+    /// When it does not come to that.
+    pub fn wait_not_degraded(&self) {
+        wait_until(
+            "a standby that confirms",
+            || self.metrics(),
+            |scrape| scrape.sum("rfsis_protection", &[("mode", "degraded")]) == 0.0,
+        );
+    }
+
+    /// Waits until it says that this is what it can promise: `sync`, `degraded`, …
+    ///
+    /// # Panics
+    /// When it never does.
+    #[track_caller]
+    pub fn wait_protection(&self, mode: &str) -> Metrics {
+        self.wait_metric("rfsis_protection", &[("mode", mode)], 1.0)
+    }
+
     /// GET of a path on the metrics port: status code and body.
     ///
     /// # Errors
@@ -412,6 +480,16 @@ impl Pair {
         Ok(Self::settled(primary, backup))
     }
 
+    /// [`Pair::start`] with `protect: sync`; waits until clients are told only what the backup holds.
+    ///
+    /// # Panics
+    /// When they do not get there.
+    pub fn start_guarding(lab: &Lab, settings: &Settings) -> Self {
+        let pair = Self::start(lab, settings);
+        pair.primary.wait_protection("sync");
+        pair
+    }
+
     fn settled(primary: Agent, backup: Agent) -> Self {
         for (agent, state, peer) in [
             (&primary, "active", "standby"),
@@ -423,6 +501,7 @@ impl Pair {
                     && status["peer"]["state"] == peer
             });
         }
+        primary.wait_not_degraded();
         Self { primary, backup }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TcpSlice, TransportSlice};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -173,6 +173,7 @@ impl CapturedFrame {
             syn: tcp.syn(),
             fin: tcp.fin(),
             rst: tcp.rst(),
+            sack: sack_blocks(&tcp),
             payload: tcp.payload().to_vec(),
         })
     }
@@ -208,8 +209,21 @@ pub struct Segment {
     pub fin: bool,
     /// Flag.
     pub rst: bool,
+    /// SACK blocks (RFC 2018 section 3): the first sequence number and the one behind the last.
+    pub sack: Vec<(u32, u32)>,
     /// Data.
     pub payload: Vec<u8>,
+}
+
+fn sack_blocks(tcp: &TcpSlice<'_>) -> Vec<(u32, u32)> {
+    let blocks = tcp.options_iterator().find_map(|option| match option {
+        Ok(TcpOptionElement::SelectiveAcknowledgement(first, rest)) => {
+            let rest = rest.into_iter().flatten();
+            Some(std::iter::once(first).chain(rest).collect())
+        }
+        _ => None,
+    });
+    blocks.unwrap_or_default()
 }
 
 /// A finished capture.

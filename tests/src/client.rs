@@ -247,6 +247,39 @@ impl Noise {
     }
 }
 
+/// Sends a few bytes, others for each seed.
+///
+/// # Errors
+/// When the connection was reset.
+pub fn says(mut stream: &TcpStream, seed: u64) -> Result<()> {
+    let mut said = [0; 16];
+    Noise::new(seed).fill(&mut said);
+    stream.write_all(&said).context("saying something")
+}
+
+/// Reads the echo of what [`says`] sent with this seed.
+///
+/// # Errors
+/// When something else comes, or nothing.
+pub fn hears(mut stream: &TcpStream, seed: u64) -> Result<()> {
+    let (mut heard, mut said) = ([0; 16], [0; 16]);
+    Noise::new(seed).fill(&mut said);
+    stream
+        .read_exact(&mut heard)
+        .context("waiting for an echo")?;
+    ensure!(heard == said, "heard {heard:?}, said {said:?}");
+    Ok(())
+}
+
+/// Closes, and expects the server to close too.
+///
+/// # Errors
+/// As [`expect_end`].
+pub fn parts(stream: &TcpStream) -> Result<()> {
+    stream.shutdown(Shutdown::Write).context("closing")?;
+    expect_end(stream)
+}
+
 /// Bytes a transfer moves per call; a multiple of 8, so that [`Noise`] is the same however cut.
 const CHUNK: usize = 16 * 1024;
 

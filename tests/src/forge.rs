@@ -1,9 +1,13 @@
 //! What an attacker or a broken host puts on the wire.
 
+use std::net::Ipv4Addr;
+
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use hmac::{Hmac, Mac};
 use rfsis_common::heartbeat::{ARP_LEN, ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC};
 use sha2::{Digest, Sha256};
 
+use crate::faults::SYNC_PORT;
 use crate::lab::{Host, VIP};
 
 /// Offsets in a heartbeat frame, as `rfsis_common::heartbeat` draws them.
@@ -16,7 +20,7 @@ mod at {
     pub const NODE: usize = TRAILER + 16;
     pub const EPOCH: usize = TRAILER + 24;
     pub const SEQUENCE: usize = TRAILER + 40;
-    pub const MAC: usize = TRAILER + 72;
+    pub const MAC: usize = super::FRAME_LEN - super::MAC_LEN;
 }
 
 /// Whether a frame looks like a heartbeat of this host.
@@ -87,6 +91,28 @@ impl Forgery {
         frame.truncate(frame.len() - bytes);
         frame
     }
+}
+
+/// The sync datagram that a host sends in this frame, if it is one.
+pub fn sync_datagram_of(frame: &[u8], host: Host) -> Option<&[u8]> {
+    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+    let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Udp(udp))) = (packet.net, packet.transport)
+    else {
+        return None;
+    };
+    let is_sync = udp.destination_port() == SYNC_PORT;
+    (is_sync && ip.header().source_addr() == host.address()).then_some(udp.payload())
+}
+
+/// A frame of the client's that takes a datagram to a host's sync channel as if from this address.
+pub fn sync_frame(source: Ipv4Addr, to: Host, datagram: &[u8]) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2(Host::Client.mac(), to.mac())
+        .ipv4(source.octets(), to.address().octets(), 64)
+        .udp(SYNC_PORT, SYNC_PORT);
+    let mut frame = Vec::new();
+    // Writing to a vector cannot fail.
+    builder.write(&mut frame, datagram).ok();
+    frame
 }
 
 /// A frame that no sane host sends, with its name.
@@ -194,7 +220,7 @@ pub fn malformed(to: Host) -> Vec<Malformed> {
 
 /// A well-formed segment from the client to the VIP's echo service.
 fn tcp_frame(to: Host, flags: u8, payload: &[u8]) -> Vec<u8> {
-    let builder = etherparse::PacketBuilder::ethernet2(Host::Client.mac(), to.mac())
+    let builder = PacketBuilder::ethernet2(Host::Client.mac(), to.mac())
         .ipv4(Host::Client.address().octets(), VIP.octets(), 64)
         .tcp(ODD_PORT, crate::agent::port::ECHO, 1_000, 8_192);
     let mut frame = Vec::new();
@@ -257,8 +283,8 @@ mod tests {
     #[test]
     fn a_segment_with_flags_set_afterwards_has_a_right_checksum() {
         let frame = tcp_frame(Host::A, 0x18, b"odd");
-        let packet = etherparse::SlicedPacket::from_ethernet(&frame).unwrap();
-        let Some(etherparse::TransportSlice::Tcp(tcp)) = packet.transport else {
+        let packet = SlicedPacket::from_ethernet(&frame).unwrap();
+        let Some(TransportSlice::Tcp(tcp)) = packet.transport else {
             panic!("no TCP in {frame:?}");
         };
         let sum = tcp.calc_checksum_ipv4(Host::Client.address().octets(), VIP.octets());

@@ -1,4 +1,4 @@
-//! The LAN: two nodes and a client on a bridge that floods, as a hub or a mirror port would.
+//! The LAN: two nodes and a client on a bridge that floods as a hub does, or learns as a switch does.
 //!
 //! ```text
 //!   client .50        node a .1        node b .2
@@ -6,6 +6,7 @@
 //!        │                 │                │
 //!    to-client          to-a             to-b        ports of br0, in a namespace of its own
 //!        └────────────── br0 ───────────────┘
+//!                         eth1 ───────── eth1      if asked for: a cable between the nodes
 //! ```
 
 use std::net::Ipv4Addr;
@@ -16,6 +17,7 @@ use anyhow::Result;
 use aya::util::KernelVersion;
 
 use crate::netns::Namespace;
+use crate::patience::wait_until;
 
 /// The VIP of every lab.
 pub const VIP: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
@@ -57,7 +59,7 @@ impl Host {
     }
 
     /// Name of its port on the bridge.
-    const fn port(self) -> &'static str {
+    pub(crate) const fn port(self) -> &'static str {
         match self {
             Host::Client => "to-client",
             Host::A => "to-a",
@@ -66,11 +68,30 @@ impl Host {
     }
 }
 
+/// Where the nodes have the cable between them.
+pub const SYNC_INTERFACE: &str = "eth1";
+
+/// Where the bridge sends a frame for a host that it knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bridge {
+    /// To everybody: a hub, or a switch with a mirror port.
+    #[default]
+    Flooding,
+    /// To that host alone: any switch.
+    Learning,
+}
+
 /// What may differ between labs.
 #[derive(Clone, Debug, Default)]
 pub struct LabOptions {
     /// MTU of every device; 1500 if not given.
     pub mtu: Option<u32>,
+    /// How frames are forwarded.
+    pub bridge: Bridge,
+    /// Whether devices take super-frames and unfinished checksums, and aggregate what they receive.
+    pub offloads: bool,
+    /// Whether there is a cable between the nodes besides the LAN.
+    pub sync_link: bool,
     /// sysctls of the client below `/proc/sys/net`, with slashes.
     pub client_sysctls: Vec<(&'static str, &'static str)>,
 }
@@ -125,17 +146,49 @@ impl Lab {
                 .ok();
         }
         let mtu = options.mtu.unwrap_or(1500);
+        // Hundredths of a second.
+        let ageing = match options.bridge {
+            Bridge::Flooding => 0,
+            Bridge::Learning => 30_000,
+        };
         lab.bridge.sh(&format!(
-            "ip link add br0 mtu {mtu} type bridge ageing_time 0 forward_delay 0 mcast_snooping 0"
+            "ip link add br0 mtu {mtu} type bridge ageing_time {ageing} forward_delay 0 mcast_snooping 0"
         ))?;
         lab.bridge.sh("ip link set br0 up")?;
         for host in Host::ALL {
-            lab.connect(host, mtu)?;
+            lab.connect(host, mtu, options)?;
+        }
+        if options.sync_link {
+            lab.connect_nodes(mtu)?;
         }
         Ok(lab)
     }
 
-    fn connect(&self, host: Host, mtu: u32) -> Result<()> {
+    fn connect_nodes(&self, mtu: u32) -> Result<()> {
+        self.a.sh(&format!(
+            "ip link add {SYNC_INTERFACE} mtu {mtu} type veth peer name {SYNC_INTERFACE} mtu {mtu} netns {}",
+            self.b.path().display()
+        ))?;
+        for node in [&self.a, &self.b] {
+            node.sh(&format!("ip link set {SYNC_INTERFACE} up"))?;
+            // As on the LAN's ports: a cable holds back, it does not lose.
+            node.sh(&format!(
+                "tc qdisc add dev {SYNC_INTERFACE} root pfifo limit 100000"
+            ))?;
+        }
+        // The first end is down until the link watch has noticed that the second is up.
+        for node in [&self.a, &self.b] {
+            let up = wait_until(
+                "the sync link",
+                || node.sh(&format!("cat /sys/class/net/{SYNC_INTERFACE}/operstate")),
+                |state| state.as_ref().is_ok_and(|state| state.trim() == "up"),
+            );
+            up?;
+        }
+        Ok(())
+    }
+
+    fn connect(&self, host: Host, mtu: u32, options: &LabOptions) -> Result<()> {
         let (port, inside) = (host.port(), self.host(host));
         self.bridge.sh(&format!(
             "ip link add {port} type veth peer name eth0 netns {}",
@@ -143,7 +196,11 @@ impl Lab {
         ))?;
         self.bridge
             .sh(&format!("ip link set {port} mtu {mtu} master br0"))?;
-        let flood = "learning off flood on mcast_flood on bcast_flood on";
+        let learning = match options.bridge {
+            Bridge::Flooding => "off",
+            Bridge::Learning => "on",
+        };
+        let flood = format!("learning {learning} flood on mcast_flood on bcast_flood on");
         self.bridge
             .sh(&format!("bridge link set dev {port} {flood}"))?;
         // A cable carries VLAN tags inside the frame, not beside it.
@@ -165,7 +222,10 @@ impl Lab {
         let mac = host.mac_text();
         inside.sh(&format!("ip link set eth0 mtu {mtu} address {mac}"))?;
         // veth hands on unfinished checksums and frames above the MTU; a cable does not.
-        inside.sh("ethtool -K eth0 tx off tso off gso off gro off")?;
+        let offloads = if options.offloads { "on" } else { "off" };
+        inside.sh(&format!(
+            "ethtool -K eth0 tx {offloads} tso {offloads} gso {offloads} gro {offloads}"
+        ))?;
         inside.sh(&format!("ethtool -K eth0 {inside_frame}"))?;
         inside.sh(&format!("ip addr add {}/24 dev eth0", host.address()))?;
         inside.sh("ip link set eth0 up")?;
@@ -184,6 +244,11 @@ impl Lab {
     /// The namespace of the client.
     pub fn client(&self) -> &Arc<Namespace> {
         &self.client
+    }
+
+    /// The namespace of the bridge.
+    pub(crate) fn bridge(&self) -> &Namespace {
+        &self.bridge
     }
 
     /// A directory for files of this lab, removed with it.
@@ -219,6 +284,22 @@ impl Lab {
     /// When the port is gone.
     pub fn mend(&self, host: Host) {
         self.set_port(host, "up");
+    }
+
+    /// Makes the host's cable as slow as this, both ways: `1gbit`, as `tc` writes rates. What waits is
+    /// held back, not lost.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn limit(&self, host: Host, rate: &str) -> Result<()> {
+        // The burst takes whole super-frames, the limit the windows of all connections.
+        let tbf = format!("root tbf rate {rate} burst 256kb limit 64mb");
+        let port = host.port();
+        self.bridge
+            .sh(&format!("tc qdisc replace dev {port} {tbf}"))?;
+        self.host(host)
+            .sh(&format!("tc qdisc replace dev eth0 {tbf}"))?;
+        Ok(())
     }
 
     fn set_port(&self, host: Host, to: &str) {

@@ -1,6 +1,6 @@
 //! A LAN in a box, and the tools to watch what RFSIS does to it. Needs root.
 //!
-//! [`Lab`] is two nodes, a client and a flooding bridge, each in an anonymous network namespace
+//! [`Lab`] is two nodes, a client and a bridge, each in an anonymous network namespace
 //! ([`netns`]); [`Agent`] is a running `rfsis-agent` on a node; [`client`] types and transfers like
 //! a client would; [`capture`] and [`wire`] see and send frames. All of it goes away with the
 //! process that made it, however that ends.
@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod faults;
 pub mod forge;
 pub mod interrupt;
 pub mod lab;
@@ -17,8 +18,11 @@ pub mod patience;
 pub mod pulse;
 pub mod report;
 pub mod wire;
+pub mod wiring;
 
-pub use agent::{Agent, Death, Pair, Settings};
+pub use agent::{Agent, Death, Pair, Settings, Tap};
 pub use capture::{Capture, Trace};
 pub use client::Typist;
-pub use lab::{Host, Lab, LabOptions, VIP};
+pub use faults::{Fault, Traffic};
+pub use lab::{Bridge, Host, Lab, LabOptions, VIP};
+pub use wiring::Wiring;

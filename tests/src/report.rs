@@ -33,6 +33,17 @@ pub fn median(values: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
+/// `median (least–greatest)`, two decimals, and the unit.
+///
+/// # Panics
+/// When there are none.
+pub fn range(values: &[f64], unit: &str) -> String {
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let median = median(values);
+    format!("{median:.2} ({least:.2}–{greatest:.2}){unit}")
+}
+
 /// A measured figure, and what it should be. Displayed as `=> what | measured | target | met?`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Figure {
@@ -55,6 +66,21 @@ impl Figure {
             what: what.into(),
             measured: print(measured),
             target: Some((format!("≤ {}", print(target)), met)),
+        }
+    }
+
+    /// A figure that should be no less than `target`.
+    pub fn at_least<T: PartialOrd>(
+        what: impl Into<String>,
+        measured: T,
+        target: T,
+        print: impl Fn(T) -> String,
+    ) -> Self {
+        let met = measured >= target;
+        Self {
+            what: what.into(),
+            measured: print(measured),
+            target: Some((format!("≥ {}", print(target)), met)),
         }
     }
 
@@ -130,6 +156,11 @@ mod tests {
     }
 
     #[test]
+    fn a_range_is_median_least_greatest() {
+        assert_eq!(range(&[5.0, 1.0, 9.25], " s"), "5.00 (1.00–9.25) s");
+    }
+
+    #[test]
     fn a_figure_says_whether_it_meets_its_target() {
         let figure = |measured| Figure::at_most("size", measured, 16, |n| format!("{n} KiB"));
         assert_eq!(figure(16).to_string(), "=> size | 16 KiB | ≤ 16 KiB | yes");
@@ -137,6 +168,9 @@ mod tests {
             figure(17).to_string(),
             "=> size | 17 KiB | ≤ 16 KiB | **no**"
         );
+        let rate = |measured| Figure::at_least("rate", measured, 7, |n| n.to_string());
+        assert_eq!(rate(7).to_string(), "=> rate | 7 | ≥ 7 | yes");
+        assert_eq!(rate(6).to_string(), "=> rate | 6 | ≥ 7 | **no**");
         let told = Figure::told("size", "17 KiB");
         assert_eq!(told.to_string(), "=> size | 17 KiB | – | –");
     }

@@ -11,7 +11,7 @@ use tests::client::{
     begin_connect, chargen_exactly, connect, echo_exactly, expect_end, tcp_sockets, tcp_state,
 };
 use tests::patience::wait_until;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, VIP};
+use tests::{Capture, Death, Host, Lab, Pair, Typist, VIP, Wiring, on_each_wiring};
 
 const IDLE: usize = 40;
 const TRANSFERS: usize = 60;
@@ -46,10 +46,13 @@ fn without_syn_acks<T>(lab: &Lab, body: impl FnOnce() -> T) -> T {
     result
 }
 
-#[test]
-fn two_hundred_connections_in_all_states_survive_a_kill() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+on_each_wiring! { [lan: Lan, mirror: Mirror] {
+    two_hundred_connections_in_all_states_survive_a_kill => two_hundred_connections_survive;
+}}
+
+fn two_hundred_connections_survive(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
 
     let idle = connections(&lab, IDLE, port::ECHO);
@@ -144,10 +147,9 @@ fn two_hundred_connections_in_all_states_survive_a_kill() {
     pair.wait_takeover();
 }
 
-#[test]
-fn a_connection_that_ends_after_the_takeover_ends_properly() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_connection_that_ends_after_the_takeover_ends_properly(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut stream = connect(&lab, port::ECHO).unwrap();
     stream.write_all(b"before").unwrap();
     let mut back = [0; 6];
@@ -159,3 +161,31 @@ fn a_connection_that_ends_after_the_takeover_ends_properly() {
     // Nothing is left of it on the survivor either.
     pair.backup.wait_flows("live", 0);
 }
+
+/// Its SYN-ACK is held like any other until the agent finds that there is no room, and lets it go.
+#[test]
+fn a_connection_beyond_the_bound_of_flows_opens_without_protection() {
+    let wiring = Wiring::Mirror;
+    let lab = wiring.lab();
+    let config = lab.directory().join("one-flow.yaml");
+    let yaml = wiring.settings().yaml() + "shadow: { max_flows: 1 }\n";
+    std::fs::write(&config, yaml).unwrap();
+    let pair = Pair::start_with(&lab, &config).unwrap();
+    let mut first = Typist::tcp(&lab, port::ECHO);
+    first.echoes("protected");
+    let mut second = Typist::tcp(&lab, port::ECHO);
+    second.echoes("not protected");
+    first.echoes("still protected");
+    let active = &pair.primary;
+    active.wait_metric("rfsis_guard_refused_total", &[], 1.0);
+    let status = active.wait_status("a guarded flow", |status| {
+        status["protection"]["guarded"] == 1
+    });
+    assert_eq!(status["protection"]["opening"], 0);
+    let released = [("verdict", "released")];
+    active.wait_metric("rfsis_ack_gate_packets_total", &released, 2.0);
+}
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_connection_that_ends_after_the_takeover_ends_properly => super::a_connection_that_ends_after_the_takeover_ends_properly;
+}}

@@ -9,18 +9,22 @@ use tests::forge::malformed;
 use tests::netns::Namespace;
 use tests::patience::wait_until;
 use tests::wire::Wire;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
+use tests::{
+    Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP, Wiring, on_each_wiring,
+};
 
 /// Everything about the host's network that the agent might touch.
 fn configuration(host: &Namespace) -> String {
     [
         "ip -o addr show",
-        "ip -o -d link show eth0",
+        "ip -o -d link show",
         "ip -o rule show",
         "ip -o route show table all",
         "tc qdisc show",
         "tc filter show dev eth0 egress",
         "tc filter show dev eth0 ingress",
+        "tc filter show dev eth1 egress",
+        "tc filter show dev eth1 ingress",
         "grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv4/neigh",
     ]
     .map(|line| {
@@ -31,12 +35,16 @@ fn configuration(host: &Namespace) -> String {
     .join("")
 }
 
-#[test]
-fn sigterm_leaves_the_host_as_it_was_found() {
-    let lab = Lab::new();
+on_each_wiring! { [lan: Lan, mirror_over_a_sync_link: MirrorOverSyncLink] {
+    sigterm_leaves_the_host_as_it_was_found => sigterm_leaves_nothing;
+    cleanup_after_kill_9_leaves_the_host_as_it_was_found => cleanup_leaves_nothing;
+}}
+
+fn sigterm_leaves_nothing(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     assert_ne!(
         configuration(node),
@@ -47,24 +55,22 @@ fn sigterm_leaves_the_host_as_it_was_found() {
     assert_eq!(configuration(node), before);
 }
 
-#[test]
-fn an_address_that_the_operator_configured_stays_after_sigterm() {
-    let lab = Lab::new();
+fn an_address_that_the_operator_configured_stays_after_sigterm(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     node.sh(&format!("ip addr add {VIP}/24 dev eth0")).unwrap();
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     assert_eq!(agent.terminate().code(), Some(0));
     assert_eq!(configuration(node), before);
 }
 
-#[test]
-fn cleanup_after_kill_9_leaves_the_host_as_it_was_found() {
-    let lab = Lab::new();
+fn cleanup_leaves_nothing(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     agent.kill9();
     agent.await_exit();
@@ -82,16 +88,15 @@ fn cleanup_after_kill_9_leaves_the_host_as_it_was_found() {
     );
 }
 
-#[test]
-fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
-    let lab = Lab::new();
+fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none(wiring: Wiring) {
+    let lab = wiring.lab();
     let node = lab.host(Host::A);
     let before = configuration(node);
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     agent.kill9();
     agent.await_exit();
-    let mut agent = Agent::start(&lab, Host::A, "primary", &Settings::default());
+    let mut agent = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     agent.wait_state("active");
     let filters = node.sh("tc filter show dev eth0 egress").unwrap();
     assert_eq!(filters.matches(" name rfsis_gate ").count(), 1, "{filters}");
@@ -99,10 +104,9 @@ fn a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none() {
     assert_eq!(configuration(node), before);
 }
 
-#[test]
-fn a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -145,13 +149,12 @@ fn received_segments(namespace: &Namespace) -> u64 {
     values.split(' ').nth(column).unwrap().parse().unwrap()
 }
 
-#[test]
-fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on() {
-    let lab = Lab::new();
-    let primary = Agent::start(&lab, Host::A, "primary", &Settings::default());
+fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on(wiring: Wiring) {
+    let lab = wiring.lab();
+    let primary = Agent::start(&lab, Host::A, "primary", &wiring.settings());
     primary.wait_state("active");
     let capture = Capture::start(&lab);
-    let backup = Agent::start(&lab, Host::B, "backup", &Settings::default());
+    let backup = Agent::start(&lab, Host::B, "backup", &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     // An unresolved neighbour that is flushed refuses the connection that waits for it.
     nc.echoes("before");
@@ -186,3 +189,10 @@ fn a_metrics_port_in_use_stops_the_start_and_leaves_the_host_as_it_was_found() {
     assert!(agent.log().contains("9500"), "{}", agent.log());
     assert_eq!(configuration(node), before);
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    an_address_that_the_operator_configured_stays_after_sigterm => super::an_address_that_the_operator_configured_stays_after_sigterm;
+    a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none => super::a_restart_after_kill_9_leaves_one_gate_and_a_stop_then_leaves_none;
+    a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked => super::a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked;
+    a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on => super::a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on;
+}}

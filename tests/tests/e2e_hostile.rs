@@ -9,7 +9,7 @@ use tests::agent::port;
 use tests::forge::{Forgery, is_heartbeat_of, malformed};
 use tests::patience::{PATIENCE, slowed};
 use tests::wire::Wire;
-use tests::{Agent, Death, Host, Lab, Pair, Settings, Typist};
+use tests::{Agent, Death, Host, Lab, Pair, Settings, Typist, Wiring, on_each_wiring};
 
 /// The next genuine heartbeat of a host.
 fn heartbeat(wire: &Wire, of: Host) -> Vec<u8> {
@@ -158,11 +158,10 @@ fn replaying_the_dead_primarys_last_heartbeats_does_not_delay_the_takeover() {
     assert!(stale > 0.0, "the replay arrived");
 }
 
-#[test]
-fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on() {
+fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on(wiring: Wiring) {
     const REPEATS: usize = 20;
-    let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+    let lab = wiring.lab();
+    let mut pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -200,3 +199,7 @@ fn malformed_frames_crash_nothing_and_are_counted_while_flows_go_on() {
     nc.echoes("to a live shadow");
     assert!(pair.backup.is_running());
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    malformed_frames_crash_nothing_and_are_counted_while_flows_go_on => super::malformed_frames_crash_nothing_and_are_counted_while_flows_go_on;
+}}

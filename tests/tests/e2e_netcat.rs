@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
 use tests::agent::port;
-use tests::{Capture, Death, Host, Lab, Pair, Settings, Trace, Typist, VIP};
+use tests::{Capture, Death, Host, Pair, Trace, Typist, VIP, Wiring, on_each_wiring};
 
 /// What must hold of the wire whenever node a has died.
 #[track_caller]
@@ -18,9 +18,9 @@ fn assert_clean_handover(trace: &Trace) {
     }
 }
 
-fn tcp_echo_survives(death: Death) {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn tcp_echo_survives(wiring: Wiring, death: Death) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("typed before");
@@ -34,24 +34,9 @@ fn tcp_echo_survives(death: Death) {
     assert_clean_handover(&capture.stop());
 }
 
-#[test]
-fn echo_survives_kill_of_the_primary() {
-    tcp_echo_survives(Death::Kill9);
-}
-
-#[test]
-fn echo_survives_sigstop_of_the_primary() {
-    tcp_echo_survives(Death::Stop);
-}
-
-#[test]
-fn echo_survives_link_cut_of_the_primary() {
-    tcp_echo_survives(Death::LinkCut);
-}
-
-fn udp_echo_goes_on(death: Death) {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn udp_echo_goes_on(wiring: Wiring, death: Death) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
     let mut nc = Typist::udp(&lab, port::ECHO);
     nc.echoes_in_the_end("typed before");
@@ -62,25 +47,22 @@ fn udp_echo_goes_on(death: Death) {
     assert_clean_handover(&capture.stop());
 }
 
-#[test]
-fn udp_echo_goes_on_after_kill_of_the_primary() {
-    udp_echo_goes_on(Death::Kill9);
-}
+on_each_wiring! { [lan: Lan, mirror: Mirror] {
+    echo_survives_kill_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Kill9);
+    echo_survives_sigstop_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Stop);
+    echo_survives_link_cut_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::LinkCut);
+    udp_echo_goes_on_after_kill_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::Kill9);
+    udp_echo_goes_on_after_sigstop_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::Stop);
+    udp_echo_goes_on_after_link_cut_of_the_primary => |wiring| udp_echo_goes_on(wiring, Death::LinkCut);
+}}
 
-#[test]
-fn udp_echo_goes_on_after_sigstop_of_the_primary() {
-    udp_echo_goes_on(Death::Stop);
-}
+on_each_wiring! { [mirror_offloaded: MirrorOffloaded, mirror_over_a_sync_link: MirrorOverSyncLink] {
+    echo_survives_kill_of_the_primary => |wiring| tcp_echo_survives(wiring, Death::Kill9);
+}}
 
-#[test]
-fn udp_echo_goes_on_after_link_cut_of_the_primary() {
-    udp_echo_goes_on(Death::LinkCut);
-}
-
-#[test]
-fn new_connections_after_the_takeover_go_to_the_survivor() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn new_connections_after_the_takeover_go_to_the_survivor(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     Typist::tcp(&lab, port::ECHO).echoes("to the primary");
     pair.primary_dies(&lab, Death::LinkCut);
     pair.wait_takeover();
@@ -93,10 +75,9 @@ fn new_connections_after_the_takeover_go_to_the_survivor() {
     assert_eq!(trace.from_vip_by(Host::A.mac()).count(), 0);
 }
 
-#[test]
-fn the_clients_arp_cache_follows_the_virtual_ip() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn the_clients_arp_cache_follows_the_virtual_ip(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let neighbour = || lab.client().sh(&format!("ip neigh show {VIP}")).unwrap();
     Typist::tcp(&lab, port::ECHO).echoes("resolve");
     assert!(neighbour().contains(&Host::A.mac_text()), "{}", neighbour());
@@ -107,10 +88,9 @@ fn the_clients_arp_cache_follows_the_virtual_ip() {
     });
 }
 
-#[test]
-fn status_and_metrics_tell_the_story_of_a_takeover() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn status_and_metrics_tell_the_story_of_a_takeover(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     let before = pair.backup.wait_flows("lockstep", 1);
@@ -172,14 +152,68 @@ fn status_and_metrics_tell_the_story_of_a_takeover() {
     );
 }
 
-#[test]
-fn ready_means_that_the_peer_is_heard_and_live_does_not() {
-    let lab = Lab::new();
-    let alone = tests::Agent::start(&lab, Host::A, "primary", &Settings::default());
+fn ready_means_that_the_peer_is_heard_and_live_does_not(wiring: Wiring) {
+    let lab = wiring.lab();
+    let alone = tests::Agent::start(&lab, Host::A, "primary", &wiring.settings());
     alone.wait_state("active");
     assert_eq!(alone.http("/live").unwrap().0, 200);
     assert_eq!(alone.http("/ready").unwrap().0, 503);
-    let _second = tests::Agent::start(&lab, Host::B, "backup", &Settings::default());
+    let _second = tests::Agent::start(&lab, Host::B, "backup", &wiring.settings());
     alone.wait_status("ready", |status| status["ready"] == true);
     assert_eq!(alone.http("/ready").unwrap().0, 200);
 }
+
+/// Who restarts one node after the other must not go on while a death would cost data.
+#[test]
+fn an_active_node_whose_standby_confirms_nothing_serves_and_is_not_ready() {
+    let wiring = Wiring::Mirror;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("protected");
+    let mode =
+        |mode: &'static str| move |status: &serde_json::Value| status["protection"]["mode"] == mode;
+    pair.primary.wait_status("sync", mode("sync"));
+    pair.primary.wait_status("a guarded flow", |status| {
+        status["protection"]["guarded"] == 1
+    });
+    assert_eq!(pair.primary.http("/ready").unwrap().0, 200);
+    assert!(mode("standby")(&pair.backup.status().unwrap()));
+
+    // Heartbeats and copies come through.
+    let standby = lab.host(Host::B);
+    for rule in [
+        "table ip deaf",
+        "chain ip deaf in { type filter hook input priority 0 ; }",
+        "rule ip deaf in udp dport 9501 drop",
+    ] {
+        standby.sh(&format!("nft add {rule}")).unwrap();
+    }
+    pair.primary.wait_status("degraded", mode("degraded"));
+    pair.primary.wait_status("an exposed flow", |status| {
+        status["protection"]["exposed"] == 1 && status["protection"]["guarded"] == 0
+    });
+    nc.echoes("served all the same");
+    pair.primary
+        .wait_status("not ready", |status| status["ready"] == false);
+    let (code, why) = pair.primary.http("/ready").unwrap();
+    assert_eq!(code, 503);
+    assert!(why.contains("not protected"), "{why}");
+    assert_eq!(pair.backup.http("/ready").unwrap().0, 200);
+
+    standby.sh("nft delete table ip deaf").unwrap();
+    pair.primary
+        .wait_status("ready", |status| status["ready"] == true);
+    pair.primary
+        .wait_status("the flow guarded again", |status| {
+            status["protection"]["guarded"] == 1 && status["protection"]["exposed"] == 0
+        });
+    nc.echoes("protected again");
+}
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    new_connections_after_the_takeover_go_to_the_survivor => super::new_connections_after_the_takeover_go_to_the_survivor;
+    the_clients_arp_cache_follows_the_virtual_ip => super::the_clients_arp_cache_follows_the_virtual_ip;
+    status_and_metrics_tell_the_story_of_a_takeover => super::status_and_metrics_tell_the_story_of_a_takeover;
+    ready_means_that_the_peer_is_heard_and_live_does_not => super::ready_means_that_the_peer_is_heard_and_live_does_not;
+}}

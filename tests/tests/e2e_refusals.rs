@@ -7,7 +7,7 @@ use std::process::Output;
 
 use tests::agent::{binary, run_agent};
 use tests::netns::Namespace;
-use tests::{Host, Lab, Settings};
+use tests::{Host, Lab, LabOptions, Settings};
 
 /// Runs the agent on node a with the lab's config after `change`.
 fn refused(lab: &Lab, arguments: &[&str], change: impl Fn(String) -> String) -> (i32, String) {
@@ -28,6 +28,42 @@ fn outcome(output: &Output) -> (i32, String) {
 fn check_accepts_the_labs_config() {
     let (code, said) = refused(&Lab::new(), &["check"], |yaml| yaml);
     assert_eq!(code, 0, "{said}");
+}
+
+#[test]
+fn check_accepts_a_mirror_with_all_that_belongs_to_it() {
+    let mirror = "tap: mirror\nsync_interface: eth1\nmirror_egress: handshake";
+    let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
+        yaml.replace("tap: lan", mirror)
+    });
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("mirror over eth1"), "{said}");
+}
+
+#[test]
+fn check_accepts_protection_with_all_that_belongs_to_it() {
+    let sync = "protect: sync\nprotect_timeout: 100ms\nsync_port: 9502\nudp_replay: 0";
+    let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
+        yaml.replace("protect: async", sync)
+    });
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("protect sync"), "{said}");
+}
+
+#[test]
+fn a_sync_interface_that_would_cut_copies_is_refused() {
+    let lab = Lab::with(&LabOptions {
+        sync_link: true,
+        ..LabOptions::default()
+    });
+    lab.host(Host::A).sh("ip link set eth1 mtu 1400").unwrap();
+    let (code, said) = refused(&lab, &[], |yaml| {
+        yaml.replace("tap: lan", "tap: mirror\nsync_interface: eth1")
+    });
+    assert_eq!(code, 2, "{said}");
+    for part in ["eth1", "1400", "1500"] {
+        assert!(said.contains(part), "no {part} in: {said}");
+    }
 }
 
 #[test]
@@ -71,13 +107,43 @@ fn check_names_line_and_field_of_every_bad_config() {
         ),
         (
             "tap: lan",
-            "tap: mirror",
-            &["refused.yaml:6:", "tap", "not supported yet"],
+            "tap: mirror\nmirror_egress: headers",
+            &["refused.yaml:7:", "mirror_egress", "handshake or full"],
+        ),
+        (
+            "tap: lan",
+            "tap: mirror\nsync_interface: eth0",
+            &["refused.yaml:7:", "sync_interface", "eth0"],
         ),
         (
             "protect: async",
-            "protect: sync",
-            &["refused.yaml:7:", "protect", "not supported yet"],
+            "protect: semisync",
+            &["refused.yaml:7:", "protect", "async or sync"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nprotect_timeout: 30ms",
+            &["refused.yaml:8:", "protect_timeout", "protect: sync"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nsync_port: 9501",
+            &["refused.yaml:8:", "sync_port", "protect: sync"],
+        ),
+        (
+            "protect: async",
+            "protect: sync\nprotect_timeout: 2m",
+            &["refused.yaml:8:", "protect_timeout", "60s"],
+        ),
+        (
+            "protect: async",
+            "protect: sync\nsync_port: 0",
+            &["refused.yaml:8:", "sync_port", "65535"],
+        ),
+        (
+            "protect: async",
+            "protect: async\nudp_replay: 11s",
+            &["refused.yaml:8:", "udp_replay", "10s"],
         ),
         (
             "interval: 20ms",
@@ -130,7 +196,7 @@ fn check_names_line_and_field_of_every_bad_config() {
 fn all_errors_of_a_file_come_in_one_run() {
     let (code, said) = refused(&Lab::new(), &["check"], |yaml| {
         yaml.replace("missed: 5", "missed: 1")
-            .replace("tap: lan", "tap: mirror")
+            .replace("tap: lan", "tap: hub")
             .replace("tcp/7", "tcp/0")
     });
     assert_eq!(code, 2, "{said}");

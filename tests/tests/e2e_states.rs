@@ -1,15 +1,16 @@
 //! Who is active, whatever happens: exactly one in the end.
 
+#![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
 use std::time::Duration;
 
 use tests::agent::port;
 use tests::patience::wait_until;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP};
+use tests::{Agent, Capture, Death, Host, Pair, Typist, VIP, Wiring, on_each_wiring};
 
-#[test]
-fn a_stopped_and_continued_active_ends_with_exactly_one_active() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_stopped_and_continued_active_ends_with_exactly_one_active(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -22,10 +23,9 @@ fn a_stopped_and_continued_active_ends_with_exactly_one_active() {
     nc.echoes("after");
 }
 
-#[test]
-fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     pair.primary_dies(&lab, Death::LinkCut);
     pair.wait_takeover();
     let capture = Capture::start(&lab);
@@ -46,10 +46,9 @@ fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_agai
     );
 }
 
-#[test]
-fn a_restarted_primary_becomes_standby_while_the_backup_is_active() {
-    let lab = Lab::new();
-    let settings = Settings::default();
+fn a_restarted_primary_becomes_standby_while_the_backup_is_active(wiring: Wiring) {
+    let lab = wiring.lab();
+    let settings = wiring.settings();
     let mut pair = Pair::start(&lab, &settings);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
@@ -73,10 +72,9 @@ fn a_restarted_primary_becomes_standby_while_the_backup_is_active() {
     nc.echoes("beside the restarted primary");
 }
 
-#[test]
-fn the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn() {
-    let lab = Lab::new();
-    let settings = Settings::default();
+fn the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn(wiring: Wiring) {
+    let lab = wiring.lab();
+    let settings = wiring.settings();
     let mut pair = Pair::start(&lab, &settings);
     pair.primary_dies(&lab, Death::Kill9);
     let first = pair.wait_takeover();
@@ -93,10 +91,9 @@ fn the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn() {
     assert!(second["epoch"].as_u64() > first["epoch"].as_u64());
 }
 
-#[test]
-fn a_backup_that_hears_nobody_becomes_active_after_the_startup_grace() {
-    let lab = Lab::new();
-    let backup = Agent::start(&lab, Host::B, "backup", &Settings::default());
+fn a_backup_that_hears_nobody_becomes_active_after_the_startup_grace(wiring: Wiring) {
+    let lab = wiring.lab();
+    let backup = Agent::start(&lab, Host::B, "backup", &wiring.settings());
     let early = wait_until("its first status", || backup.status(), Option::is_some);
     let active = backup.wait_state("active");
     assert_eq!(active["failovers"], 0, "a start is no failover: {active:#}");
@@ -109,10 +106,9 @@ fn a_backup_that_hears_nobody_becomes_active_after_the_startup_grace() {
     Typist::tcp(&lab, port::ECHO).echoes("served by the backup");
 }
 
-#[test]
-fn a_primary_that_leaves_in_order_is_followed_by_the_backup() {
-    let lab = Lab::new();
-    let mut pair = Pair::start(&lab, &Settings::default());
+fn a_primary_that_leaves_in_order_is_followed_by_the_backup(wiring: Wiring) {
+    let lab = wiring.lab();
+    let mut pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
@@ -127,10 +123,9 @@ fn a_primary_that_leaves_in_order_is_followed_by_the_backup() {
         .unwrap();
 }
 
-#[test]
-fn a_standby_that_dies_disturbs_nobody() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_standby_that_dies_disturbs_nobody(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.kill9();
@@ -143,3 +138,13 @@ fn a_standby_that_dies_disturbs_nobody() {
     );
     nc.echoes("after");
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_stopped_and_continued_active_ends_with_exactly_one_active => super::a_stopped_and_continued_active_ends_with_exactly_one_active;
+    two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again => super::two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again;
+    a_restarted_primary_becomes_standby_while_the_backup_is_active => super::a_restarted_primary_becomes_standby_while_the_backup_is_active;
+    the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn => super::the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn;
+    a_backup_that_hears_nobody_becomes_active_after_the_startup_grace => super::a_backup_that_hears_nobody_becomes_active_after_the_startup_grace;
+    a_primary_that_leaves_in_order_is_followed_by_the_backup => super::a_primary_that_leaves_in_order_is_followed_by_the_backup;
+    a_standby_that_dies_disturbs_nobody => super::a_standby_that_dies_disturbs_nobody;
+}}

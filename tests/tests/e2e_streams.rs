@@ -9,7 +9,7 @@ use tests::agent::port;
 use tests::client::{chargen_exactly, connect, connect_narrow, echo_exactly};
 use tests::patience::{PATIENCE, slowed, wait_at_most};
 use tests::wire::Wire;
-use tests::{Capture, Death, Host, Lab, LabOptions, Pair, Settings, VIP};
+use tests::{Capture, Death, Host, Lab, LabOptions, Pair, VIP, Wiring, on_each_wiring};
 
 /// Bytes of a whole transfer.
 const TOTAL: u64 = 64 << 20;
@@ -17,8 +17,8 @@ const TOTAL: u64 = 64 << 20;
 const TO_THE_MIDDLE: Duration = Duration::from_secs(120);
 
 /// A lab whose client speaks TCP without one of its options.
-fn lab_without(option: Option<&'static str>) -> Lab {
-    Lab::with(&LabOptions {
+fn lab_without(wiring: Wiring, option: Option<&'static str>) -> Lab {
+    wiring.lab_with(LabOptions {
         client_sysctls: option.map(|key| (key, "0")).into_iter().collect(),
         ..LabOptions::default()
     })
@@ -39,9 +39,9 @@ fn die_in_the_middle(lab: &Lab, pair: &Pair, progress: &AtomicU64) {
     );
 }
 
-fn echo_is_exact(without: Option<&'static str>) {
-    let lab = lab_without(without);
-    let pair = Pair::start(&lab, &Settings::default());
+fn echo_is_exact(wiring: Wiring, without: Option<&'static str>) {
+    let lab = lab_without(wiring, without);
+    let pair = Pair::start(&lab, &wiring.settings());
     let stream = connect(&lab, port::ECHO).unwrap();
     let progress = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -53,28 +53,23 @@ fn echo_is_exact(without: Option<&'static str>) {
 }
 
 #[test]
-fn echo_of_64_mib_is_byte_exact_across_a_kill() {
-    echo_is_exact(None);
-}
-
-#[test]
 fn echo_of_64_mib_is_byte_exact_without_timestamps() {
-    echo_is_exact(Some("ipv4/tcp_timestamps"));
+    echo_is_exact(Wiring::Lan, Some("ipv4/tcp_timestamps"));
 }
 
 #[test]
 fn echo_of_64_mib_is_byte_exact_without_window_scaling() {
-    echo_is_exact(Some("ipv4/tcp_window_scaling"));
+    echo_is_exact(Wiring::Lan, Some("ipv4/tcp_window_scaling"));
 }
 
 #[test]
 fn echo_of_64_mib_is_byte_exact_without_sack() {
-    echo_is_exact(Some("ipv4/tcp_sack"));
+    echo_is_exact(Wiring::Lan, Some("ipv4/tcp_sack"));
 }
 
-fn chargen_is_exact(without: Option<&'static str>) {
-    let lab = lab_without(without);
-    let pair = Pair::start(&lab, &Settings::default());
+fn chargen_is_exact(wiring: Wiring, without: Option<&'static str>) {
+    let lab = lab_without(wiring, without);
+    let pair = Pair::start(&lab, &wiring.settings());
     let stream = connect(&lab, port::CHARGEN).unwrap();
     let progress = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -86,29 +81,23 @@ fn chargen_is_exact(without: Option<&'static str>) {
 }
 
 #[test]
-fn chargen_of_64_mib_is_byte_exact_across_a_kill() {
-    chargen_is_exact(None);
-}
-
-#[test]
 fn chargen_of_64_mib_is_byte_exact_without_timestamps() {
-    chargen_is_exact(Some("ipv4/tcp_timestamps"));
+    chargen_is_exact(Wiring::Lan, Some("ipv4/tcp_timestamps"));
 }
 
 #[test]
 fn chargen_of_64_mib_is_byte_exact_without_window_scaling() {
-    chargen_is_exact(Some("ipv4/tcp_window_scaling"));
+    chargen_is_exact(Wiring::Lan, Some("ipv4/tcp_window_scaling"));
 }
 
 #[test]
 fn chargen_of_64_mib_is_byte_exact_without_sack() {
-    chargen_is_exact(Some("ipv4/tcp_sack"));
+    chargen_is_exact(Wiring::Lan, Some("ipv4/tcp_sack"));
 }
 
-#[test]
-fn a_reader_with_a_closed_window_goes_on_after_the_takeover() {
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+fn a_reader_with_a_closed_window_goes_on_after_the_takeover(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let wire = Wire::open(lab.client()).unwrap();
     let stream = connect_narrow(&lab, port::CHARGEN, 64 << 10).unwrap();
     let closed = wire.hear(slowed(PATIENCE), |frame| {
@@ -125,12 +114,24 @@ fn a_reader_with_a_closed_window_goes_on_after_the_takeover() {
     chargen_exactly(&stream, 0, TOTAL, &AtomicU64::new(0)).unwrap();
 }
 
-#[test]
-fn the_wire_shows_no_reset_and_no_changed_byte_in_a_transfer_across_a_kill() {
+on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
+    echo_of_64_mib_is_byte_exact_across_a_kill => |wiring| echo_is_exact(wiring, None);
+    chargen_of_64_mib_is_byte_exact_across_a_kill => |wiring| chargen_is_exact(wiring, None);
+}}
+
+on_each_wiring! { [mirror_over_a_sync_link: MirrorOverSyncLink] {
+    echo_of_64_mib_is_byte_exact_across_a_kill => |wiring| echo_is_exact(wiring, None);
+}}
+
+on_each_wiring! { [captured_on_the_lan: Lan, captured_with_a_mirror: Mirror] {
+    no_reset_and_no_changed_byte_in_a_transfer_across_a_kill => wire_is_clean;
+}}
+
+fn wire_is_clean(wiring: Wiring) {
     // Less than elsewhere: every frame is kept.
     const CAPTURED: u64 = 8 << 20;
-    let lab = Lab::new();
-    let pair = Pair::start(&lab, &Settings::default());
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
     let capture = Capture::start(&lab);
     let (echo, chargen) = (
         connect(&lab, port::ECHO).unwrap(),
@@ -160,3 +161,7 @@ fn the_wire_shows_no_reset_and_no_changed_byte_in_a_transfer_across_a_kill() {
         .dead_host_is_silent(Host::A.mac(), Host::B.mac())
         .unwrap();
 }
+
+on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
+    a_reader_with_a_closed_window_goes_on_after_the_takeover => super::a_reader_with_a_closed_window_goes_on_after_the_takeover;
+}}

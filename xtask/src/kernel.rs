@@ -103,10 +103,7 @@ fn standard_plan(too_old: bool) -> Plan {
     }
     vec![
         ("kernel", Vec::new()),
-        (
-            "e2e_netcat",
-            words("--exact echo_survives_kill_of_the_primary"),
-        ),
+        ("e2e_netcat", words("echo_survives_kill_of_the_primary")),
     ]
 }
 

@@ -47,6 +47,9 @@ enum Task {
         /// Few runs: 3 per figure
         #[arg(long, conflicts_with = "runs")]
         quick: bool,
+        /// Only this subject: blackout, takeover, upload, idle, capped, uncapped, requests, connections
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
     },
 }
 
@@ -62,7 +65,9 @@ fn main() -> std::process::ExitCode {
         Task::Test { filter, .. } => run::test(filter.as_deref()),
         Task::Lint => run::lint(),
         Task::Ci => run::ci(),
-        Task::Bench { runs, quick } => run::bench(if quick { 3 } else { runs }),
+        Task::Bench { runs, quick, only } => {
+            run::bench(if quick { 3 } else { runs }, only.as_deref())
+        }
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -100,20 +100,30 @@ pub fn demo() -> Result<()> {
     ]))
 }
 
-/// All benchmarks, as Markdown; all figures with their targets in one table at the end.
+/// Benchmarks, as Markdown; all figures with their targets in one table at the end. `only` names one subject.
 ///
 /// # Errors
 /// When setup, a build or a benchmark fails. A missed target is no error: it is printed.
-pub fn bench(runs: u32) -> Result<()> {
+pub fn bench(runs: u32, only: Option<&str>) -> Result<()> {
     build()?;
-    println!("\n## Measured by `cargo xtask bench --runs {runs}`\n");
+    let mut wanted = vec!["--runs".to_owned(), runs.to_string()];
+    wanted.extend(
+        only.iter()
+            .flat_map(|name| ["--only".to_owned(), (*name).to_owned()]),
+    );
+    println!(
+        "\n## Measured by `cargo xtask bench {}`\n",
+        wanted.join(" ")
+    );
     let mut figures = measure(
         as_root("measuring", cargo().args(["run", "--quiet"]))?
             .args(["--release", "--package", "tests", "--bin", "bench", "--"])
-            .args(["--runs", &runs.to_string()]),
+            .args(&wanted),
     )?;
-    let memory = ["bench", "--quiet", "--package", "rfsis-agent"];
-    figures.extend(measure(cargo().args(memory).args(["--bench", "shadow"]))?);
+    if only.is_none() {
+        let memory = ["bench", "--quiet", "--package", "rfsis-agent"];
+        figures.extend(measure(cargo().args(memory).args(["--bench", "shadow"]))?);
+    }
     println!("### Summary\n\n| what | measured | target | met? |\n|---|---|---|---|");
     for figure in figures {
         println!("| {figure} |");

@@ -14,8 +14,8 @@ use super::error::{BpfError, os_error};
 const GENERIC: u32 = 1 << 1;
 const NATIVE: u32 = 1 << 2;
 
-/// Detaches what is left of an agent that did not stop cleanly: its XDP program, the gate, and the
-/// clsact qdisc if nothing else hangs on it. Remove the VIP first: until then only the gate is silent.
+/// Detaches what is left of an agent that did not stop cleanly: its XDP program, gate and mirror, and
+/// the clsact qdisc if nothing else hangs on it. Remove the VIP first: until then only the gate is silent.
 ///
 /// # Errors
 /// No such interface, no privilege, or an agent that still runs and holds the XDP program.
@@ -25,7 +25,7 @@ pub async fn cleanup(interface: &str) -> Result<(), BpfError> {
     };
     // First, for it fails where an agent runs: the gate of that one stays.
     remove_xdp(interface, index).await?;
-    remove_gate(interface, true).await
+    remove_filters(interface, true).await
 }
 
 /// Opens a netlink socket in the namespace of the calling thread.
@@ -36,24 +36,35 @@ fn connect() -> Result<Handle, BpfError> {
     Ok(handle)
 }
 
-/// Detaches the gate by its name; the clsact qdisc too where `with_clsact` and nothing else hangs on it.
-pub(super) async fn remove_gate(interface: &str, with_clsact: bool) -> Result<(), BpfError> {
+/// Detaches mirror and gate by their names; the clsact qdisc too where `with_clsact`, a gate was there,
+/// and nothing else hangs on it.
+pub(super) async fn remove_filters(interface: &str, with_clsact: bool) -> Result<(), BpfError> {
     let Ok(index) = nix::net::if_::if_nametoindex(interface) else {
-        // The gate went with the interface.
+        // The filters went with the interface.
         return Ok(());
     };
-    let had_gate = match qdisc_detach_program(interface, TcAttachType::Egress, names::GATE) {
-        Ok(()) => true,
-        Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(error) => {
-            let operation = format!("detaching the gate from {interface}");
-            return Err(BpfError::new(operation, &error));
-        }
-    };
+    remove_filter(interface, TcAttachType::Ingress, names::MIRROR_PROGRAM)?;
+    let had_gate = remove_filter(interface, TcAttachType::Egress, names::GATE)?;
     if had_gate && with_clsact {
         remove_empty_clsact(interface, index).await?;
     }
     Ok(())
+}
+
+/// Detaches a filter by the name of its program; `false` where there was none.
+pub(super) fn remove_filter(
+    interface: &str,
+    hook: TcAttachType,
+    name: &str,
+) -> Result<bool, BpfError> {
+    match qdisc_detach_program(interface, hook, name) {
+        Ok(()) => Ok(true),
+        Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => {
+            let operation = format!("detaching {name} from {interface}");
+            Err(BpfError::new(operation, &error))
+        }
+    }
 }
 
 async fn remove_empty_clsact(interface: &str, index: u32) -> Result<(), BpfError> {

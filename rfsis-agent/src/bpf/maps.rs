@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
-use rfsis_common::maps::{FlowKey, NodeState, PRESENT, names};
+use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use super::error::BpfError;
@@ -65,7 +67,15 @@ macro_rules! opaque_debug {
         })+
     };
 }
-opaque_debug!(StateWriter, LiveFlows, Approvals, LostFlows, Counters);
+opaque_debug!(
+    StateWriter,
+    MirrorWriter,
+    LiveFlows,
+    Approvals,
+    LostFlows,
+    GuardMaps,
+    Counters
+);
 
 /// Writes the node's state and lease.
 #[derive(Clone)]
@@ -93,6 +103,26 @@ impl StateWriter {
     pub fn read(&self) -> Result<NodeState, BpfError> {
         let result = self.0.lock().get(&0, 0);
         result.map_err(|error| failed("reading", names::STATE, &error))
+    }
+}
+
+/// Writes to whom the active copies the VIP's frames.
+#[derive(Clone)]
+pub struct MirrorWriter(Shared<Array<MapData, MirrorPeer>>);
+
+impl MirrorWriter {
+    pub(super) fn new(map: Map) -> Result<Self, BpfError> {
+        let map = Array::try_from(map).map_err(|error| failed("opening", names::MIRROR, &error))?;
+        Ok(Self(Shared::new(map)))
+    }
+
+    /// Makes the programs copy to this peer from the next frame on: one system call, nothing allocated.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn write(&self, peer: MirrorPeer) -> Result<(), BpfError> {
+        let result = self.0.lock().set(0, peer, 0);
+        result.map_err(|error| failed("writing", names::MIRROR, &error))
     }
 }
 
@@ -203,6 +233,101 @@ impl LostFlows {
     }
 }
 
+/// Most times that [`GuardMaps::sent`] looks. A write takes nanoseconds, two looks less than a
+/// microsecond, so even a flow with a million segments a second is soon found at rest.
+const LOOKS_MAX: usize = 8;
+
+/// What the agent tells the ACK gate, and the gate the agent.
+///
+/// A flow has a slot, below `GuardParams::max_flows`, which the agent chooses. In this order: `reset` and
+/// `confirm` its slot, `publish` it, `withdraw` it. Let a withdrawn flow's slot rest for a moment (a
+/// millisecond will do) before another gets it: a segment on its way through the gate may still write there.
+#[derive(Clone)]
+pub struct GuardMaps {
+    mode: Shared<Array<MapData, u64>>,
+    flows: FlowMap<Guarded>,
+    confirmed: Shared<Array<MapData, Confirmation>>,
+    sent: Shared<Array<MapData, Sent>>,
+}
+
+impl GuardMaps {
+    pub(super) fn new(mode: Map, flows: Map, confirmed: Map, sent: Map) -> Result<Self, BpfError> {
+        fn array<V: Pod>(
+            name: &'static str,
+            map: Map,
+        ) -> Result<Shared<Array<MapData, V>>, BpfError> {
+            let map = Array::try_from(map).map_err(|error| failed("opening", name, &error))?;
+            Ok(Shared::new(map))
+        }
+        Ok(Self {
+            mode: array(names::GUARD, mode)?,
+            flows: flow_map(names::GUARDED, flows)?,
+            confirmed: array(names::CONFIRMED, confirmed)?,
+            sent: array(names::SENT, sent)?,
+        })
+    }
+
+    /// Makes the gate guard (a standby answers) or opens it.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn set_mode(&self, guards: bool) -> Result<(), BpfError> {
+        let result = self.mode.lock().set(0, u64::from(guards), 0);
+        result.map_err(|error| failed("writing", names::GUARD, &error))
+    }
+
+    /// Lets the gate know a flow: its SYN-ACK passes, its acknowledgements are guarded.
+    ///
+    /// # Errors
+    /// Where the map is full (`GuardParams::max_flows`).
+    pub fn publish(&self, flow: FlowKey, guarded: Guarded) -> Result<(), BpfError> {
+        let result = self.flows.lock().insert(flow, guarded, 0);
+        result.map_err(|error| failed("inserting into", names::GUARDED, &error))
+    }
+
+    /// Lets the gate forget a flow: it is unguarded from now on. That it is not there is no error: the
+    /// gate forgets one itself when a later connection of the same addresses and ports opens.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn withdraw(&self, flow: &FlowKey) -> Result<(), BpfError> {
+        remove(names::GUARDED, &self.flows, flow)
+    }
+
+    /// Tells the gate what the standby holds of the flow in a slot.
+    ///
+    /// # Errors
+    /// Where there is no such slot.
+    pub fn confirm(&self, slot: u32, confirmation: Confirmation) -> Result<(), BpfError> {
+        let result = self.confirmed.lock().set(slot, confirmation, 0);
+        result.map_err(|error| failed("writing", names::CONFIRMED, &error))
+    }
+
+    /// What the kernel sent of the flow in a slot, and what the client was told. `None` where there is no
+    /// such slot, or the gate is writing it each time one looks.
+    pub fn sent(&self, slot: u32) -> Option<Sent> {
+        let map = self.sent.lock();
+        let mut last = map.get(&slot, 0).ok()?;
+        for _ in 1..LOOKS_MAX {
+            let next = map.get(&slot, 0).ok()?;
+            if next == last && next.version.is_multiple_of(2) {
+                return Some(next);
+            }
+            last = next;
+        }
+        None
+    }
+
+    /// Prepares a slot for a flow that the gate does not know yet.
+    ///
+    /// # Errors
+    /// Where there is no such slot.
+    pub fn reset(&self, slot: u32, sent: Sent) -> Result<(), BpfError> {
+        let result = self.sent.lock().set(slot, sent, 0);
+        result.map_err(|error| failed("writing", names::SENT, &error))
+    }
+}
+
 /// Frames by verdict of the XDP program, all CPUs together, since the programs were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct XdpCounters([u64; XdpVerdict::ALL.len()]);
@@ -235,22 +360,48 @@ impl GateCounters {
     }
 }
 
+/// Frames of the VIP by what became of their copies, all CPUs together, since the programs were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MirrorCounters([u64; MirrorVerdict::ALL.len()]);
+
+impl MirrorCounters {
+    /// Frames with this verdict.
+    pub fn get(&self, verdict: MirrorVerdict) -> u64 {
+        self.0[verdict as usize]
+    }
+}
+
+/// Packets by verdict of the ACK gate, all CPUs together, since the programs were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AckGateCounters([u64; AckGateVerdict::ALL.len()]);
+
+impl AckGateCounters {
+    /// Packets with this verdict.
+    pub fn get(&self, verdict: AckGateVerdict) -> u64 {
+        self.0[verdict as usize]
+    }
+}
+
 /// Reads the verdict counters.
 #[derive(Clone)]
 pub struct Counters {
     xdp: Arc<PerCpuArray<MapData, u64>>,
     gate: Arc<PerCpuArray<MapData, u64>>,
+    mirror: Arc<PerCpuArray<MapData, u64>>,
+    ack_gate: Arc<PerCpuArray<MapData, u64>>,
 }
 
 impl Counters {
-    pub(super) fn new(xdp: Map, gate: Map) -> Result<Self, BpfError> {
-        let xdp = PerCpuArray::try_from(xdp)
-            .map_err(|error| failed("opening", names::XDP_COUNTERS, &error))?;
-        let gate = PerCpuArray::try_from(gate)
-            .map_err(|error| failed("opening", names::GATE_COUNTERS, &error))?;
+    pub(super) fn new(xdp: Map, gate: Map, mirror: Map, ack_gate: Map) -> Result<Self, BpfError> {
+        let open = |name, map| match PerCpuArray::try_from(map) {
+            Ok(counters) => Ok(Arc::new(counters)),
+            Err(error) => Err(failed("opening", name, &error)),
+        };
         Ok(Self {
-            xdp: Arc::new(xdp),
-            gate: Arc::new(gate),
+            xdp: open(names::XDP_COUNTERS, xdp)?,
+            gate: open(names::GATE_COUNTERS, gate)?,
+            mirror: open(names::MIRROR_COUNTERS, mirror)?,
+            ack_gate: open(names::ACK_GATE_COUNTERS, ack_gate)?,
         })
     }
 
@@ -272,6 +423,26 @@ impl Counters {
         sums(&self.gate)
             .map(GateCounters)
             .map_err(|error| failed("reading", names::GATE_COUNTERS, &error))
+    }
+
+    /// Counts of the copies for the standby.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses a system call.
+    pub fn mirror(&self) -> Result<MirrorCounters, BpfError> {
+        sums(&self.mirror)
+            .map(MirrorCounters)
+            .map_err(|error| failed("reading", names::MIRROR_COUNTERS, &error))
+    }
+
+    /// Counts of the ACK gate.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses a system call.
+    pub fn ack_gate(&self) -> Result<AckGateCounters, BpfError> {
+        sums(&self.ack_gate)
+            .map(AckGateCounters)
+            .map_err(|error| failed("reading", names::ACK_GATE_COUNTERS, &error))
     }
 }
 

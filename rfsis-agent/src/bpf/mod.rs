@@ -2,13 +2,15 @@
 //!
 //! The XDP program is held by a link and goes with the agent. The **gate** is a filter on clsact egress,
 //! attached by netlink with a fixed priority and handle: it outlives the agent, however that ends, and
-//! stays closed since nobody renews its lease. The next agent replaces it in place.
+//! stays closed since nobody renews its lease. The next agent replaces it in place. So it is with the
+//! **mirror** on clsact ingress, which copies nothing without a lease either.
 //!
 //! Order of a start: [`Programs::load`] (state standby, so the gate is closed), [`Programs::attach_gate`],
 //! [`Programs::attach_xdp`], only then the VIP is configured. Order of a stop: the VIP is removed, then
 //! [`Programs::detach`].
 
 mod error;
+mod filter;
 mod leftover;
 mod log;
 mod maps;
@@ -18,32 +20,27 @@ use std::net::Ipv4Addr;
 
 use aya::maps::{HashMap, Map, MapData, RingBuf};
 use aya::programs::links::Link as _;
-use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
-};
 use aya::programs::xdp::{XdpLinkId, XdpMode as AyaXdpMode};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use rfsis_common::maps::{NodeState, PRESENT, names};
+use rfsis_common::maps::{MirrorPeer, NodeState, OBSERVED, PRESENT, names};
+use rfsis_common::mirror::MirrorEgress;
 use serde::{Deserialize, Serialize};
 
 pub use error::BpfError;
 pub use leftover::cleanup;
 pub use log::ProgramLog;
-pub use maps::{Approvals, Counters, GateCounters, LiveFlows, LostFlows, StateWriter, XdpCounters};
+pub use maps::{
+    AckGateCounters, Approvals, Counters, GateCounters, GuardMaps, LiveFlows, LostFlows,
+    MirrorCounters, MirrorWriter, StateWriter, XdpCounters,
+};
 
 use error::os_error;
+use filter::FilterError;
 use maps::duplicate;
 
 /// The compiled programs; empty where the agent was built without them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rfsis-ebpf.o"));
-
-/// Before all other filters of the host: one that ends the classification in front of the gate would
-/// let packets past it.
-const GATE_PRIORITY: u16 = 1;
-
-/// "RF": one fixed place, so that a gate is replaced and never stacked.
-const GATE_HANDLE: TcHandle = TcHandle::new(0x5246, 1);
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Copy, Debug)]
@@ -52,12 +49,36 @@ pub struct LoadParams<'a> {
     pub vip: Ipv4Addr,
     /// TCP ports of the services, whose FIN and RST the gate holds.
     pub service_ports: &'a [u16],
+    /// Those of them whose services answer what only the active knows.
+    pub observed_ports: &'a [u16],
     /// UDP ports of the services, whose ICMP port unreachable the gate holds.
     pub datagram_ports: &'a [u16],
     /// Size of the frame ring, bytes; made a power of two.
     pub frame_ring_bytes: u32,
     /// Flows that may live on shadows at once.
     pub max_live_flows: u32,
+    /// Where copies go, with tap `mirror`.
+    pub mirror: Option<MirrorParams>,
+    /// The ACK gate, with `protect: sync`.
+    pub guard: Option<GuardParams>,
+}
+
+/// What the ACK gate has room for.
+#[derive(Clone, Copy, Debug)]
+pub struct GuardParams {
+    /// Flows that may be guarded at once.
+    pub max_flows: u32,
+}
+
+/// Where and how copies for the standby leave.
+#[derive(Clone, Copy, Debug)]
+pub struct MirrorParams {
+    /// Index of the interface that they leave by.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// What of the VIP's output is copied.
+    pub egress: MirrorEgress,
 }
 
 /// How the XDP program is attached.
@@ -83,7 +104,7 @@ impl XdpMode {
     }
 }
 
-/// A gate that this process attached.
+/// An interface on which this process attached a gate.
 #[derive(Debug)]
 struct Gate {
     interface: String,
@@ -94,21 +115,21 @@ struct Gate {
 /// The loaded programs. Dropping them detaches XDP and leaves the gate, closed once the lease lapses.
 pub struct Programs {
     ebpf: Ebpf,
-    xdp: Option<XdpLinkId>,
-    gate: Option<Gate>,
+    xdp: Vec<XdpLinkId>,
+    gates: Vec<Gate>,
 }
 
 impl fmt::Debug for Programs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Programs")
-            .field("gate", &self.gate)
-            .field("xdp_attached", &self.xdp.is_some())
+            .field("gates", &self.gates)
+            .field("xdp_attached", &self.xdp.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Programs {
-    /// Loads both programs and makes their maps. Nothing is attached yet; the state is standby.
+    /// Loads the programs and makes their maps. Nothing is attached yet; the state is standby.
     ///
     /// # Errors
     /// Missing object, privilege or kernel feature; a program that the verifier refuses.
@@ -118,12 +139,27 @@ impl Programs {
         }
         let vip = u32::from(params.vip);
         let port_maps = [
-            (names::SERVICE_PORTS, params.service_ports),
-            (names::DATAGRAM_PORTS, params.datagram_ports),
+            (names::SERVICE_PORTS, params.service_ports, PRESENT),
+            (names::SERVICE_PORTS, params.observed_ports, OBSERVED),
+            (names::DATAGRAM_PORTS, params.datagram_ports, PRESENT),
         ];
         let room = |ports: &[u16]| u32::try_from(ports.len()).unwrap_or(u32::MAX).max(1);
+        let (ifindex, source, egress) = match params.mirror {
+            Some(mirror) => (mirror.ifindex, mirror.mac, mirror.egress),
+            None => (0, [0; 6], MirrorEgress::Full),
+        };
+        let (source, egress) = (MirrorPeer::at(source).word(), egress as u32);
+        let ack_gate = u32::from(params.guard.is_some());
+        let guarded = params.guard.map_or(1, |guard| guard.max_flows.max(1));
         let mut ebpf = EbpfLoader::new()
             .override_global(names::VIP, &vip, true)
+            .override_global(names::MIRROR_IFINDEX, &ifindex, true)
+            .override_global(names::MIRROR_SOURCE, &source, true)
+            .override_global(names::MIRROR_EGRESS, &egress, true)
+            .override_global(names::ACK_GATE, &ack_gate, true)
+            .map_max_entries(names::GUARDED, guarded)
+            .map_max_entries(names::CONFIRMED, guarded)
+            .map_max_entries(names::SENT, guarded)
             .map_max_entries(names::FRAMES, params.frame_ring_bytes)
             .map_max_entries(names::LIVE_FLOWS, params.max_live_flows.max(1))
             .map_max_entries(names::SERVICE_PORTS, room(params.service_ports))
@@ -131,24 +167,26 @@ impl Programs {
             .load(OBJECT)
             .map_err(|error| BpfError::new("loading the eBPF object", &error))?;
 
-        for (name, ports) in port_maps {
+        for (name, ports, kind) in port_maps {
             let mut map: HashMap<_, u16, u8> = HashMap::try_from(map_mut(&mut ebpf, name)?)
                 .map_err(|error| BpfError::new(format!("opening map {name}"), &error))?;
             for port in ports {
-                map.insert(port, PRESENT, 0)
+                map.insert(port, kind, 0)
                     .map_err(|error| BpfError::new(format!("filling map {name}"), &error))?;
             }
         }
 
         let mut programs = Self {
             ebpf,
-            xdp: None,
-            gate: None,
+            xdp: Vec::new(),
+            gates: Vec::new(),
         };
         let loaded = programs.xdp_program()?.load();
         loaded.map_err(|error| BpfError::from_load(names::XDP, &error))?;
-        let loaded = programs.gate_program()?.load();
-        loaded.map_err(|error| BpfError::from_load(names::GATE, &error))?;
+        for name in [names::GATE, names::MIRROR_PROGRAM] {
+            let loaded = programs.tc_program(name)?.load();
+            loaded.map_err(|error| BpfError::from_load(name, &error))?;
+        }
         Ok(programs)
     }
 
@@ -159,67 +197,38 @@ impl Programs {
     /// No such interface, no privilege, or a filter of another kind at priority 1.
     pub fn attach_gate(&mut self, interface: &str) -> Result<(), BpfError> {
         let operation = || format!("attaching the gate to {interface}");
-        let added_clsact = match qdisc_add_clsact(interface) {
-            Ok(()) => true,
-            Err(error) => match os_error(&error) {
-                Some(libc::EEXIST) => false,
-                Some(libc::ENODEV) => return Err(interface_missing(interface)),
-                _ => return Err(BpfError::new(operation(), &error)),
-            },
-        };
-        let attached = if added_clsact {
-            self.create_gate(interface).map(|()| false)
-        } else {
-            self.replace_gate(interface)
-        };
-        match attached {
-            Ok(replaced) => {
-                tracing::info!(interface, replaced, "gate attached");
-                self.gate = Some(Gate {
-                    interface: interface.to_owned(),
-                    owns_clsact: added_clsact || replaced,
-                });
-                Ok(())
-            }
-            Err(error) => Err(BpfError::new(operation(), &error)),
-        }
-    }
-
-    fn create_gate(&mut self, interface: &str) -> Result<(), GateError> {
-        let program = self.gate_program()?;
-        let options = TcAttachOptions::Netlink(NlOptions {
-            priority: GATE_PRIORITY,
-            handle: GATE_HANDLE,
-            classid: None,
+        let gate = self.tc_program(names::GATE)?;
+        let attached = filter::attach(gate, interface, TcAttachType::Egress);
+        let attached = attached.map_err(|error| filter_error(operation(), interface, &error))?;
+        tracing::info!(interface, replaced = attached.replaced, "gate attached");
+        self.gates.push(Gate {
+            interface: interface.to_owned(),
+            owns_clsact: attached.added_clsact || attached.replaced,
         });
-        let id = program.attach_with_options(interface, TcAttachType::Egress, options)?;
-        // Dropped, the link would take the gate with it.
-        std::mem::forget(program.take_link(id)?);
         Ok(())
     }
 
-    /// `true` where a gate was there and was replaced.
-    fn replace_gate(&mut self, interface: &str) -> Result<bool, GateError> {
-        let place = SchedClassifierLink::attached(
-            interface,
-            TcAttachType::Egress,
-            GATE_PRIORITY,
-            GATE_HANDLE,
-            None,
-        )
-        .map_err(TcError::IoError)?;
-        let program = self.gate_program()?;
-        // RTM_NEWTFILTER without NLM_F_CREATE: `cls_bpf_change` swaps the program of the filter.
-        match program.attach_to_link(place) {
-            Ok(id) => {
-                std::mem::forget(program.take_link(id)?);
-                Ok(true)
-            }
-            Err(error) if os_error(&error) == Some(libc::ENOENT) => {
-                self.create_gate(interface).map(|()| false)
-            }
-            Err(error) => Err(error.into()),
-        }
+    /// Puts the mirror on an interface's ingress, behind [`Programs::attach_gate`] on the same. Copies
+    /// are made while the state is active within its lease and [`MirrorWriter`] names a standby. An ACK
+    /// gate needs it with any tap, to hear of new connections.
+    ///
+    /// # Errors
+    /// As [`Programs::attach_gate`].
+    pub fn attach_mirror(&mut self, interface: &str) -> Result<(), BpfError> {
+        let operation = || format!("attaching the mirror to {interface}");
+        let mirror = self.tc_program(names::MIRROR_PROGRAM)?;
+        let attached = filter::attach(mirror, interface, TcAttachType::Ingress);
+        let attached = attached.map_err(|error| filter_error(operation(), interface, &error))?;
+        tracing::info!(interface, replaced = attached.replaced, "mirror attached");
+        Ok(())
+    }
+
+    /// Takes the mirror of a dead agent off an interface, if there is one.
+    ///
+    /// # Errors
+    /// No privilege.
+    pub fn remove_mirror(&mut self, interface: &str) -> Result<(), BpfError> {
+        leftover::remove_filter(interface, TcAttachType::Ingress, names::MIRROR_PROGRAM).map(drop)
     }
 
     /// Attaches the XDP program: native mode first, then generic.
@@ -256,7 +265,7 @@ impl Programs {
         match self.xdp_program()?.attach_to_if_index(index, aya_mode) {
             Ok(link) => {
                 tracing::info!(interface, mode = mode.as_str(), "XDP program attached");
-                self.xdp = Some(link);
+                self.xdp.push(link);
                 Ok(())
             }
             Err(error) => Err(match os_error(&error) {
@@ -273,27 +282,28 @@ impl Programs {
         }
     }
 
-    /// Takes everything off the interface: closes the gate, detaches XDP, then the gate, and the clsact
-    /// qdisc where it was made for the gate and holds nobody else's filter. The VIP must be gone by now.
+    /// Takes everything off the interfaces: closes the gates, detaches XDP, then the filters, and the
+    /// clsact qdisc where it was made for a gate and holds nobody else's filter. The VIP must be gone by
+    /// now.
     ///
     /// # Errors
     /// The first failure; the later steps are tried all the same.
     pub async fn detach(mut self) -> Result<(), BpfError> {
-        let closed = self
+        let mut result = self
             .state_map()
             .and_then(|state| state.write(NodeState::default()));
-        let xdp = match self.xdp.take() {
-            Some(link) => self.xdp_program().and_then(|program| {
+        for link in std::mem::take(&mut self.xdp) {
+            let detached = self.xdp_program().and_then(|program| {
                 let detached = program.take_link(link).and_then(|link| link.detach());
                 detached.map_err(|error| BpfError::new("detaching XDP", &error))
-            }),
-            None => Ok(()),
-        };
-        let gate = match self.gate.take() {
-            Some(gate) => leftover::remove_gate(&gate.interface, gate.owns_clsact).await,
-            None => Ok(()),
-        };
-        closed.and(xdp).and(gate)
+            });
+            result = result.and(detached);
+        }
+        for gate in std::mem::take(&mut self.gates) {
+            let removed = leftover::remove_filters(&gate.interface, gate.owns_clsact).await;
+            result = result.and(removed);
+        }
+        result
     }
 
     /// A writer of the node's state; each call gives one with a lock of its own.
@@ -302,6 +312,27 @@ impl Programs {
     /// Where no file descriptor is left.
     pub fn state_map(&self) -> Result<StateWriter, BpfError> {
         StateWriter::new(self.copy_of(names::STATE)?)
+    }
+
+    /// A writer of whom the active copies to; each call gives one with a lock of its own.
+    ///
+    /// # Errors
+    /// Where no file descriptor is left.
+    pub fn mirror(&self) -> Result<MirrorWriter, BpfError> {
+        MirrorWriter::new(self.copy_of(names::MIRROR)?)
+    }
+
+    /// What agent and ACK gate tell each other; each call gives handles with locks of their own.
+    ///
+    /// # Errors
+    /// Where no file descriptor is left.
+    pub fn guard_maps(&self) -> Result<GuardMaps, BpfError> {
+        GuardMaps::new(
+            self.copy_of(names::GUARD)?,
+            self.copy_of(names::GUARDED)?,
+            self.copy_of(names::CONFIRMED)?,
+            self.copy_of(names::SENT)?,
+        )
     }
 
     /// The flows that live on shadows.
@@ -328,7 +359,7 @@ impl Programs {
         LostFlows::new(self.copy_of(names::LOST_FLOWS)?)
     }
 
-    /// The verdict counters of both programs.
+    /// The verdict counters of all programs.
     ///
     /// # Errors
     /// Where no file descriptor is left.
@@ -336,6 +367,8 @@ impl Programs {
         Counters::new(
             self.copy_of(names::XDP_COUNTERS)?,
             self.copy_of(names::GATE_COUNTERS)?,
+            self.copy_of(names::MIRROR_COUNTERS)?,
+            self.copy_of(names::ACK_GATE_COUNTERS)?,
         )
     }
 
@@ -364,6 +397,14 @@ impl Programs {
         self.take_ring(names::HELD)
     }
 
+    /// The ring of new connections, with an ACK gate: entries are `OpeningEvent`. It has one reader.
+    ///
+    /// # Errors
+    /// Where it was taken before.
+    pub fn take_openings(&mut self) -> Result<RingBuf<MapData>, BpfError> {
+        self.take_ring(names::OPENINGS)
+    }
+
     /// What the programs have to say; to be run as a task.
     ///
     /// # Errors
@@ -388,19 +429,26 @@ impl Programs {
             .map_err(|error| BpfError::new("test run of the XDP program", &error))
     }
 
-    /// The same for the gate; gives its `TC_ACT_` code.
+    /// The same for the gate, with `skb->mark`; gives its `TC_ACT_` code and the frame as it left it.
     ///
     /// # Errors
     /// As [`Programs::test_xdp`].
-    pub fn test_gate(&mut self, frame: &[u8]) -> Result<i32, BpfError> {
+    pub fn test_gate(&mut self, frame: &[u8], mark: u32) -> Result<(i32, Vec<u8>), BpfError> {
+        // `struct __sk_buff` up to its `mark`, include/uapi/linux/bpf.h: what is missing is taken as 0.
+        let mut skb = [0; 12];
+        skb[8..].copy_from_slice(&mark.to_ne_bytes());
+        let mut output = vec![0; frame.len()];
         let options = TestRunOptions {
             data_in: Some(frame),
+            data_out: Some(&mut output),
+            ctx_in: Some(&skb),
             ..TestRunOptions::default()
         };
-        let result = self.gate_program()?.test_run(options);
-        result
+        let result = self.tc_program(names::GATE)?.test_run(options);
+        let code = result
             .map(|result| result.return_value.cast_signed())
-            .map_err(|error| BpfError::new("test run of the gate", &error))
+            .map_err(|error| BpfError::new("test run of the gate", &error))?;
+        Ok((code, output))
     }
 
     fn xdp_program(&mut self) -> Result<&mut Xdp, BpfError> {
@@ -413,13 +461,13 @@ impl Programs {
             })
     }
 
-    fn gate_program(&mut self) -> Result<&mut SchedClassifier, BpfError> {
-        let program = self.ebpf.program_mut(names::GATE);
+    fn tc_program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, BpfError> {
+        let program = self.ebpf.program_mut(name);
         program
             .and_then(|program| program.try_into().ok())
             .ok_or(BpfError::NotFound {
                 kind: "program",
-                name: names::GATE,
+                name,
             })
     }
 
@@ -435,13 +483,11 @@ impl Programs {
     }
 }
 
-/// Either kind of error on the way to an attached gate.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-enum GateError {
-    Bpf(#[from] BpfError),
-    Program(#[from] aya::programs::ProgramError),
-    Tc(#[from] TcError),
+fn filter_error(operation: String, interface: &str, error: &FilterError) -> BpfError {
+    match os_error(error) {
+        Some(libc::ENODEV) => interface_missing(interface),
+        _ => BpfError::new(operation, error),
+    }
 }
 
 fn map_mut<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Map, BpfError> {

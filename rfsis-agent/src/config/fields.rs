@@ -71,11 +71,12 @@ pub(super) fn listen(text: &str) -> Option<(Protocol, u16)> {
 }
 
 /// What an interface may be called: `dev_valid_name` in the kernel's `net/core/dev.c`.
-pub(super) fn is_interface_name(text: &str) -> bool {
-    (1..=15).contains(&text.len())
+pub(super) fn interface(text: &str) -> Option<String> {
+    let valid = (1..=15).contains(&text.len())
         && text != "."
         && text != ".."
-        && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control())
+        && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
+    valid.then(|| text.to_owned())
 }
 
 /// A whole file of at most `limit` bytes, from a regular file only: a FIFO would block forever.

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::{ConfigError, ConfigErrors};
+use rfsis_common::mirror::MirrorEgress;
 
 /// Most bytes of a config file. A real one has a few hundred lines at the most.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -64,6 +65,13 @@ pub struct Config {
     pub nodes: [Ipv4Addr; 2],
     /// Cluster key for heartbeats.
     pub key: ClusterKey,
+    /// How the VIP's frames reach the standby; default `mirror`, over the interface of the VIP.
+    pub tap: Tap,
+    /// What a client's ACK promises; default `sync`.
+    pub protect: Protect,
+    /// How long a UDP datagram waits for the active's answer before the standby forgets it, at most 10 s;
+    /// default 1 s. Zero: none is kept, and none is answered after a takeover.
+    pub udp_replay: Duration,
     /// Heartbeat timing.
     pub heartbeat: HeartbeatConfig,
     /// At least one service.
@@ -81,18 +89,92 @@ impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "cluster {}, virtual IP {}/{} on {}, nodes {} and {}, takeover after {}, {} service{}",
+            "cluster {}, virtual IP {}/{} on {}, nodes {} and {}, tap {}, protect {}, takeover after {}, {} service{}",
             self.cluster,
             self.virtual_ip,
             self.prefix_len,
             self.interface,
             self.nodes[0],
             self.nodes[1],
+            self.tap,
+            self.protect,
             humantime::format_duration(self.heartbeat.takeover_time()),
             self.services.len(),
             if self.services.len() == 1 { "" } else { "s" },
         )
     }
+}
+
+impl Config {
+    /// All interfaces that programs are attached to, the one with the VIP first.
+    pub fn interfaces(&self) -> impl Iterator<Item = &str> {
+        let sync = match &self.tap {
+            Tap::Mirror(mirror) => mirror.sync_interface.as_deref(),
+            Tap::Lan => None,
+        };
+        std::iter::once(&*self.interface).chain(sync)
+    }
+}
+
+/// How the VIP's frames reach the standby.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tap {
+    /// The LAN brings them: hub, flooding bridge, SPAN port.
+    Lan,
+    /// The active copies them.
+    Mirror(MirrorConfig),
+}
+
+impl fmt::Display for Tap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Tap::Lan => write!(f, "lan"),
+            Tap::Mirror(mirror) => match &mirror.sync_interface {
+                None => write!(f, "mirror"),
+                Some(interface) => write!(f, "mirror over {interface}"),
+            },
+        }
+    }
+}
+
+/// What a client may conclude from the ACK of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protect {
+    /// The active has them.
+    Async,
+    /// The standby has them too, while there is one.
+    Sync(SyncConfig),
+}
+
+impl fmt::Display for Protect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protect::Async => "async",
+            Protect::Sync(_) => "sync",
+        })
+    }
+}
+
+/// Protection `sync`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SyncConfig {
+    /// Silence of the standby after which clients' ACKs wait for it no longer, 1 ms to 60 s; default the
+    /// takeover time.
+    pub timeout: Duration,
+    /// UDP port of the sync channel on the nodes' own addresses; default 9501. It may be that of a UDP
+    /// service, which listens on the VIP.
+    pub port: u16,
+}
+
+/// Tap `mirror`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorConfig {
+    /// Where the copies go, if not over the interface that carries the VIP.
+    pub sync_interface: Option<String>,
+    /// What of the VIP's output is copied; default `handshake` with `protect: sync`, `full` with `async`.
+    /// Without the ACK gate the standby learns only from the active's acknowledgements that it lacks a byte,
+    /// and with `handshake` it does not see them: a lost copy is then found out by the client.
+    pub egress: MirrorEgress,
 }
 
 /// At least 32 bytes. Never printed.

@@ -9,11 +9,16 @@ use std::time::Duration;
 use super::fields::{self, KeyFileError, MIN_KEY_BYTES};
 use super::yaml::{self, Entry, Node, Value};
 use super::{
-    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, Protocol, Service, ShadowConfig,
+    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protect,
+    Protocol, Service, ShadowConfig, SyncConfig, Tap,
 };
 use crate::handler::HandlerKind;
+use rfsis_common::mirror::MirrorEgress;
 
+const DEFAULT_SYNC_PORT: u16 = 9501;
+const DEFAULT_UDP_REPLAY: Duration = Duration::from_secs(1);
 const DEFAULT_STARTUP_GRACE: Duration = Duration::from_secs(3);
+const INTERFACE_EXPECTED: &str = "an interface name of 1 to 15 characters like eth0";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Reads the whole file. `None` from a reader method always comes with an error noted.
@@ -206,7 +211,12 @@ impl<'a> Reader<'a> {
                 "key",
                 "key_file",
                 "tap",
+                "sync_interface",
+                "mirror_egress",
                 "protect",
+                "protect_timeout",
+                "sync_port",
+                "udp_replay",
                 "heartbeat",
                 "services",
                 "shadow",
@@ -218,12 +228,7 @@ impl<'a> Reader<'a> {
             let fits = (1..=64).contains(&text.chars().count());
             (fits && !text.chars().any(char::is_control)).then(|| text.to_owned())
         });
-        let interface = self.required(
-            &root,
-            "interface",
-            "an interface name of 1 to 15 characters like eth0",
-            |text| fields::is_interface_name(text).then(|| text.to_owned()),
-        );
+        let interface = self.required(&root, "interface", INTERFACE_EXPECTED, fields::interface);
         let virtual_ip = self.required(
             &root,
             "virtual_ip",
@@ -232,9 +237,16 @@ impl<'a> Reader<'a> {
         );
         let nodes = self.nodes(&root, virtual_ip);
         let key = self.key(&root);
-        self.choice(&root, "tap", "lan", "mirror");
-        self.choice(&root, "protect", "async", "sync");
         let heartbeat = self.heartbeat(&root);
+        let protect = self.protect(&root, heartbeat.map(|heartbeat| heartbeat.takeover_time()));
+        let tap = self.tap(&root, interface.as_deref(), protect);
+        let udp_replay = self.optional(
+            &root,
+            "udp_replay",
+            DEFAULT_UDP_REPLAY,
+            "a duration like 1s, at most 10s, or 0",
+            duration_in(Duration::ZERO, Duration::from_secs(10)),
+        );
         let services = self.services(&root);
         let shadow = self.shadow(&root);
         let metrics = self.metrics(&root);
@@ -254,6 +266,9 @@ impl<'a> Reader<'a> {
             prefix_len,
             nodes: nodes?,
             key: key?,
+            tap: tap?,
+            protect: protect?,
+            udp_replay: udp_replay?,
             heartbeat: heartbeat?,
             services: services?,
             shadow: shadow?,
@@ -262,18 +277,94 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A setting of which one value is built and the other only planned.
-    fn choice(&mut self, section: &Section<'a>, key: &str, built: &str, planned: &str) {
-        let Some(field) = section.get(key) else {
-            return;
-        };
-        match &field.node.value {
-            Value::Scalar(text) if text == built => {}
-            Value::Scalar(text) if text == planned => {
-                self.unsupported(&field, format!("\"{built}\""))
-            }
-            _ => self.mismatch(&field, format!("{built} or {planned}")),
+    /// Protection with what belongs to it.
+    fn protect(&mut self, root: &Section<'a>, takeover_time: Option<Duration>) -> Option<Protect> {
+        let syncs = self.optional(root, "protect", true, "async or sync", |text| match text {
+            "async" => Some(false),
+            "sync" => Some(true),
+            _ => None,
+        })?;
+        if !syncs {
+            self.only_beside("protect: sync", root, &["protect_timeout", "sync_port"]);
+            return Some(Protect::Async);
         }
+        let timeout = self.optional(
+            root,
+            "protect_timeout",
+            takeover_time,
+            "a duration like 30ms, from 1ms to 60s",
+            |text| {
+                let limits = duration_in(Duration::from_millis(1), Duration::from_secs(60));
+                limits(text).map(Some)
+            },
+        );
+        let expected = "a port from 1 to 65535";
+        let port = self.optional(root, "sync_port", DEFAULT_SYNC_PORT, expected, |text| {
+            fields::whole(text).filter(|port| *port != 0)
+        });
+        Some(Protect::Sync(SyncConfig {
+            timeout: timeout??,
+            port: port?,
+        }))
+    }
+
+    /// The tap with what belongs to it. `interface` is the one that carries the VIP.
+    fn tap(
+        &mut self,
+        root: &Section<'a>,
+        interface: Option<&str>,
+        protect: Option<Protect>,
+    ) -> Option<Tap> {
+        let mirrors = self.optional(root, "tap", true, "lan or mirror", |text| match text {
+            "lan" => Some(false),
+            "mirror" => Some(true),
+            _ => None,
+        })?;
+        if !mirrors {
+            self.only_beside("tap: mirror", root, &["sync_interface", "mirror_egress"]);
+            return Some(Tap::Lan);
+        }
+        let sync_interface = match root.get("sync_interface") {
+            None => None,
+            Some(field) => {
+                let name = self.value(&field, INTERFACE_EXPECTED, fields::interface)?;
+                if Some(&*name) == interface {
+                    self.mismatch(&field, "another interface than the one with the virtual IP");
+                    return None;
+                }
+                Some(name)
+            }
+        };
+        Some(Tap::Mirror(MirrorConfig {
+            sync_interface,
+            egress: self.mirror_egress(root, protect)?,
+        }))
+    }
+
+    /// Keys that mean nothing without `choice`, which was not made.
+    fn only_beside(&mut self, choice: &str, root: &Section<'a>, keys: &[&str]) {
+        for field in keys.iter().filter_map(|key| root.get(key)) {
+            self.mismatch(&field, format!("this key only beside {choice}"));
+        }
+    }
+
+    fn mirror_egress(
+        &mut self,
+        root: &Section<'a>,
+        protect: Option<Protect>,
+    ) -> Option<MirrorEgress> {
+        let default = match protect {
+            Some(Protect::Sync(_)) => MirrorEgress::Handshake,
+            Some(Protect::Async) | None => MirrorEgress::Full,
+        };
+        let words = MirrorEgress::ALL.map(MirrorEgress::as_str).join(" or ");
+        // Headers alone would do for some, but `bpf_clone_redirect` copies all of a frame or nothing.
+        let expected = format!("{words} (a frame is copied whole or not at all)");
+        self.optional(root, "mirror_egress", default, &expected, |text| {
+            MirrorEgress::ALL
+                .into_iter()
+                .find(|egress| egress.as_str() == text)
+        })
     }
 
     fn unsupported(&mut self, field: &Field, expected: String) {

@@ -59,7 +59,7 @@ fn the_shipped_config_is_the_demo() {
     assert_eq!(
         config.to_string(),
         "cluster demo, virtual IP 192.168.1.100/24 on eth0, nodes 192.168.1.1 and 192.168.1.2, \
-         takeover after 30ms, 8 services"
+         tap mirror, protect sync, takeover after 30ms, 8 services"
     );
     assert_eq!(config.heartbeat.lease, Duration::from_millis(25));
     assert_eq!(config.heartbeat.startup_grace, Duration::from_secs(3));
@@ -111,6 +111,21 @@ fn what_is_left_out_has_the_documented_default() {
             ring_bytes: 32 << 20,
         }
     );
+    assert_eq!(
+        config.protect,
+        Protect::Sync(SyncConfig {
+            timeout: Duration::from_millis(30),
+            port: 9501,
+        })
+    );
+    assert_eq!(
+        config.tap,
+        Tap::Mirror(MirrorConfig {
+            sync_interface: None,
+            egress: MirrorEgress::Handshake,
+        })
+    );
+    assert_eq!(config.udp_replay, Duration::from_secs(1));
     assert_eq!(config.metrics, "0.0.0.0:9500".parse().unwrap());
     assert_eq!(config.control, Path::new("/run/rfsis/agent.sock"));
     assert_eq!(config.heartbeat.lease, Duration::from_millis(25));
@@ -132,9 +147,12 @@ fn what_is_given_is_taken() {
          metrics: { listen: '[::1]:9501' }\n\
          control: /tmp/a.sock\n\
          tap: lan\n\
-         protect: async",
+         protect: async\n\
+         udp_replay: 10s",
     );
     let config = read(&text).unwrap();
+    assert_eq!((config.tap, config.protect), (Tap::Lan, Protect::Async));
+    assert_eq!(config.udp_replay, Duration::from_secs(10));
     assert_eq!(
         config.heartbeat,
         HeartbeatConfig {
@@ -158,6 +176,65 @@ fn what_is_given_is_taken() {
 }
 
 #[test]
+fn a_mirror_goes_over_the_interface_of_the_vip_unless_told_otherwise() {
+    let config = read(GOOD).unwrap();
+    assert_eq!(config.interfaces().collect::<Vec<_>>(), ["eth0"]);
+    let text = "sync_interface: eth1\nmirror_egress: full";
+    let config = read(&with("", text)).unwrap();
+    assert_eq!(
+        config.tap,
+        Tap::Mirror(MirrorConfig {
+            sync_interface: Some("eth1".into()),
+            egress: MirrorEgress::Full,
+        })
+    );
+    assert_eq!(config.interfaces().collect::<Vec<_>>(), ["eth0", "eth1"]);
+}
+
+#[test]
+fn protection_waits_for_a_takeover_time_unless_told_otherwise() {
+    let sync = |text: &str| match read(&with("", text)).unwrap().protect {
+        Protect::Sync(sync) => (sync.timeout, sync.port),
+        Protect::Async => panic!("async: {text}"),
+    };
+    let ms = Duration::from_millis;
+    assert_eq!(sync("protect: sync"), (ms(30), 9501));
+    // A port of the VIP's services is none of the node's own address.
+    let text = "protect: sync\nprotect_timeout: 1ms\nsync_port: 7\n\
+                udp_replay: 0";
+    assert_eq!(sync(text), (ms(1), 7));
+    assert_eq!(sync("protect: sync\nprotect_timeout: 60s").0, ms(60_000));
+    assert_eq!(
+        read(&with("", "protect: async")).unwrap().protect,
+        Protect::Async
+    );
+}
+
+#[test]
+fn a_mirror_copies_by_default_what_its_protection_needs() {
+    for (protect, egress, expected) in [
+        ("async", "", MirrorEgress::Full),
+        ("sync", "", MirrorEgress::Handshake),
+        ("async", "mirror_egress: handshake", MirrorEgress::Handshake),
+        ("sync", "mirror_egress: full", MirrorEgress::Full),
+    ] {
+        let text = format!("tap: mirror\nprotect: {protect}\n{egress}");
+        match read(&with("", &text)).unwrap().tap {
+            Tap::Mirror(mirror) => assert_eq!(mirror.egress, expected, "{text}"),
+            Tap::Lan => panic!("{text}"),
+        }
+    }
+}
+
+#[test]
+fn datagrams_wait_for_no_answer_where_udp_replay_is_zero() {
+    for zero in ["0", "0ms", "0s"] {
+        let config = read(&with("", &format!("udp_replay: {zero}"))).unwrap();
+        assert_eq!(config.udp_replay, Duration::ZERO, "{zero}");
+    }
+}
+
+#[test]
 fn every_mistake_is_named_with_its_line() {
     let service = |rest: &str| format!("  - {{ {rest} }}");
     let kinds = "one of echo, discard, chargen, daytime";
@@ -174,7 +251,7 @@ fn every_mistake_is_named_with_its_line() {
             "1: cluster: found nothing, expected a name of 1 to 64 characters".into(),
         ]),
         ("", "colour: red", vec![
-            "9: colour: found an unknown key, expected one of cluster, interface, virtual_ip, nodes, key, key_file, tap, protect, heartbeat, services, shadow, metrics, control".into(),
+            "9: colour: found an unknown key, expected one of cluster, interface, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, protect_timeout, sync_port, udp_replay, heartbeat, services, shadow, metrics, control".into(),
         ]),
         ("", "interface: eth1", vec!["9: interface: found the key a second time, after line 2, expected it once".into()]),
         ("heartbeat", "heartbeat: { interval: 10ms, missed: 3, leese: 20ms }", vec![
@@ -205,9 +282,27 @@ fn every_mistake_is_named_with_its_line() {
         ("", "key_file: /nonexistent", vec!["9: key_file: found key and key_file together, expected exactly one of the two".into()]),
         ("key", "key_file: /nonexistent", vec!["5: key_file: found /nonexistent: No such file or directory (os error 2), expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
         ("key", "key_file: /dev/null", vec!["5: key_file: found /dev/null: not a regular file, expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
-        // Planned.
-        ("", "tap: mirror", vec!["9: tap: found \"mirror\", which is not supported yet, expected \"lan\"".into()]),
-        ("", "protect: sync", vec!["9: protect: found \"sync\", which is not supported yet, expected \"async\"".into()]),
+        // Tap and protection.
+        ("", "tap: mirror\nmirror_egress: headers", vec!["10: mirror_egress: found \"headers\", expected handshake or full (a frame is copied whole or not at all)".into()]),
+        ("", "tap: mirror\nsync_interface: eth0", vec!["10: sync_interface: found \"eth0\", expected another interface than the one with the virtual IP".into()]),
+        ("", "tap: mirror\nsync_interface: a/b", vec!["10: sync_interface: found \"a/b\", expected an interface name of 1 to 15 characters like eth0".into()]),
+        ("", "sync_interface: eth1\ntap: lan", vec!["9: sync_interface: found \"eth1\", expected this key only beside tap: mirror".into()]),
+        ("", "tap: lan\nmirror_egress: full", vec!["10: mirror_egress: found \"full\", expected this key only beside tap: mirror".into()]),
+        ("", "protect: semisync", vec!["9: protect: found \"semisync\", expected async or sync".into()]),
+        ("", "protect: sync\nprotect_timeout: 61s\nsync_port: 0", vec![
+            "10: protect_timeout: found \"61s\", expected a duration like 30ms, from 1ms to 60s".into(),
+            "11: sync_port: found \"0\", expected a port from 1 to 65535".into(),
+        ]),
+        ("", "protect: sync\nprotect_timeout: 999us\nsync_port: 65536", vec![
+            "10: protect_timeout: found \"999us\", expected a duration like 30ms, from 1ms to 60s".into(),
+            "11: sync_port: found \"65536\", expected a port from 1 to 65535".into(),
+        ]),
+        ("", "protect: async\nprotect_timeout: 30ms\nsync_port: 9501", vec![
+            "10: protect_timeout: found \"30ms\", expected this key only beside protect: sync".into(),
+            "11: sync_port: found \"9501\", expected this key only beside protect: sync".into(),
+        ]),
+        ("", "udp_replay: 1", vec!["9: udp_replay: found \"1\", expected a duration like 1s, at most 10s, or 0".into()]),
+        ("", "udp_replay: 10001ms", vec!["9: udp_replay: found \"10001ms\", expected a duration like 1s, at most 10s, or 0".into()]),
         ("", "tap: hub", vec!["9: tap: found \"hub\", expected lan or mirror".into()]),
         // Heartbeat.
         ("heartbeat", "", vec!["1: heartbeat: found nothing, expected a map like { interval: 10ms, missed: 3 }".into()]),

@@ -17,7 +17,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-pub use status::{FlowCounts, LastFailover, Peer, Status};
+pub use status::{FlowCounts, LastFailover, Peer, ProtectionStatus, Status};
 
 /// Most bytes of a request line.
 const MAX_REQUEST: u64 = 4 * 1024;

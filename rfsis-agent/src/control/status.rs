@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::XdpMode;
 use crate::cli::Role;
+use crate::metrics::{Label, Protection};
 
 /// What the node is doing: the JSON of `status --json`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -18,7 +19,7 @@ pub struct Status {
     /// What the operator prefers.
     pub role: Role,
     /// What the node is now.
-    #[serde(with = "state_word")]
+    #[serde(with = "word")]
     pub state: State,
     /// Grows with each takeover.
     pub epoch: u64,
@@ -30,13 +31,15 @@ pub struct Status {
     pub xdp_mode: XdpMode,
     /// The other node, once it was heard.
     pub peer: Option<Peer>,
+    /// What the node can promise its clients.
+    pub protection: ProtectionStatus,
     /// Flows by condition.
     pub flows: FlowCounts,
     /// Takeovers by this node since it started.
     pub failovers: u64,
     /// The latest of them.
     pub last_failover: Option<LastFailover>,
-    /// Programs attached and peer heard.
+    /// Programs attached and peer heard; of an active node that protects, on the sync channel too.
     pub ready: bool,
     /// Since the agent started, seconds.
     pub uptime_seconds: f64,
@@ -48,12 +51,29 @@ pub struct Peer {
     /// Its address.
     pub node: Ipv4Addr,
     /// What it is.
-    #[serde(with = "state_word")]
+    #[serde(with = "word")]
     pub state: State,
     /// Its epoch.
     pub epoch: u64,
     /// Age of that heartbeat, seconds.
     pub heard_seconds_ago: f64,
+}
+
+/// What the node can promise its clients, and how many of them.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ProtectionStatus {
+    /// What it promises now.
+    #[serde(with = "word")]
+    pub mode: Protection,
+    /// Flows whose clients are told of nothing that the standby lacks.
+    pub guarded: u64,
+    /// Flows whose clients were told of more, and the standby has not caught up.
+    pub exposed: u64,
+    /// Flows whose SYN-ACK waits for the standby.
+    pub opening: u64,
+    /// Age of the peer's last authentic sync datagram, seconds; `None` before the first, and with
+    /// `protect: async`.
+    pub sync_heard_seconds_ago: Option<f64>,
 }
 
 /// Flows by condition.
@@ -86,31 +106,28 @@ pub struct LastFailover {
     pub duration_seconds: f64,
 }
 
-/// [`State`] as its word.
-mod state_word {
-    use super::State;
+/// A [`Label`] as its word.
+mod word {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(
-        state: &State,
+    use crate::metrics::Label;
+
+    pub(super) fn serialize<L: Label, S: Serializer>(
+        value: &L,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(state.as_str())
+        serializer.serialize_str(value.as_str())
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+    pub(super) fn deserialize<'de, L: Label, D: Deserializer<'de>>(
         deserializer: D,
-    ) -> Result<State, D::Error> {
+    ) -> Result<L, D::Error> {
         let word = String::deserialize(deserializer)?;
-        State::ALL
-            .into_iter()
-            .find(|state| state.as_str() == word)
-            .ok_or_else(|| {
-                Error::custom(format!(
-                    "found state {word:?}, expected one of {:?}",
-                    State::ALL.map(State::as_str)
-                ))
-            })
+        let known = L::ALL.iter().find(|value| value.as_str() == word);
+        known.copied().ok_or_else(|| {
+            let words: Vec<_> = L::ALL.iter().map(|value| value.as_str()).collect();
+            Error::custom(format!("found {word:?}, expected one of {words:?}"))
+        })
     }
 }
 
@@ -149,6 +166,7 @@ impl fmt::Display for Status {
             )?,
             None => writeln!(f, "peer        never heard")?,
         }
+        writeln!(f, "protection  {}", self.protection)?;
         let flows = &self.flows;
         writeln!(
             f,
@@ -172,6 +190,26 @@ impl fmt::Display for Status {
             )?;
         }
         Ok(())
+    }
+}
+
+/// In one line. Only an active node guards flows.
+impl fmt::Display for ProtectionStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.mode.as_str())?;
+        match self.mode {
+            Protection::Async => return Ok(()),
+            Protection::Standby => {}
+            Protection::Sync | Protection::Degraded => write!(
+                f,
+                ", {} guarded, {} exposed, {} opening",
+                self.guarded, self.exposed, self.opening
+            )?,
+        }
+        match self.sync_heard_seconds_ago {
+            Some(age) => write!(f, ", sync channel heard {} ago", seconds(age)),
+            None => f.write_str(", sync channel never heard"),
+        }
     }
 }
 
@@ -207,6 +245,13 @@ pub(super) mod tests {
                 epoch: 7,
                 heard_seconds_ago: 0.0125,
             }),
+            protection: ProtectionStatus {
+                mode: Protection::Degraded,
+                guarded: 5,
+                exposed: 2,
+                opening: 1,
+                sync_heard_seconds_ago: Some(0.25),
+            },
             flows: FlowCounts {
                 lockstep: 3,
                 live: 200,
@@ -242,6 +287,13 @@ pub(super) mod tests {
                     "state": "fenced",
                     "epoch": 7,
                     "heard_seconds_ago": 0.0125
+                },
+                "protection": {
+                    "mode": "degraded",
+                    "guarded": 5,
+                    "exposed": 2,
+                    "opening": 1,
+                    "sync_heard_seconds_ago": 0.25
                 },
                 "flows": {
                     "handshake": 0,
@@ -280,8 +332,31 @@ state       active, epoch 8, ready
 node        192.168.1.2, role backup, up 2h 5m
 virtual IP  192.168.1.100 on eth0 (generic XDP)
 peer        192.168.1.1, fenced, epoch 7, heard 12.5ms ago
+protection  degraded, 5 guarded, 2 exposed, 1 opening, sync channel heard 250.0ms ago
 flows       3 lockstep, 200 live, 0 handshake, 0 lagging, 0 diverged, 0 unprotected
 failovers   1, last at 2026-01-02T03:04:05Z: peer_silent, epoch 8, took 0.4ms"
         );
+    }
+
+    #[test]
+    fn a_node_that_guards_nothing_claims_no_guarded_flows() {
+        let protection = |mode, sync_heard_seconds_ago| ProtectionStatus {
+            mode,
+            sync_heard_seconds_ago,
+            ..status().protection
+        };
+        for (protection, expected) in [
+            (protection(Protection::Async, None), "async"),
+            (
+                protection(Protection::Standby, Some(0.001)),
+                "standby, sync channel heard 1.0ms ago",
+            ),
+            (
+                protection(Protection::Degraded, None),
+                "degraded, 5 guarded, 2 exposed, 1 opening, sync channel never heard",
+            ),
+        ] {
+            assert_eq!(protection.to_string(), expected);
+        }
     }
 }

@@ -8,7 +8,8 @@ use super::{Effects, Flow, Flows, MAX_OPENINGS};
 use crate::heartbeat::Nanos;
 use crate::lockstep::distance;
 use crate::segment::{Options, Segment};
-use crate::shadow::{FAR, Handshake};
+use crate::shadow::{BUFFER, FAR, Handshake};
+use crate::sync::{Confirm, Open, Record, Sack};
 
 /// A handshake under way.
 #[derive(Clone, Copy, Debug)]
@@ -18,9 +19,13 @@ pub(super) struct Opening {
     pub(super) client: Options,
     /// Initial sequence number and options of the active.
     pub(super) answer: Option<(u32, Options)>,
+    /// When that was first seen.
+    pub(super) answered_at: Nanos,
     /// What the client acknowledged before the answer was seen.
     pub(super) acked: Option<u32>,
     pub(super) since: Nanos,
+    /// The active holds its answer until this node has confirmed the flow.
+    pub(super) guarded: bool,
 }
 
 impl Opening {
@@ -91,18 +96,157 @@ impl Flows {
                 client_window: segment.window,
                 client: segment.options,
                 answer: None,
+                answered_at: now,
                 acked: None,
                 since: now,
+                guarded: false,
             },
         );
         true
     }
 
-    pub(super) fn forget_opening(&mut self, flow: FlowKey, fx: &mut impl Effects) {
-        if let Some(opening) = self.openings.remove(&flow)
-            && opening.answer.is_some()
-            && !self.flows.contains_key(&flow)
+    /// The active is about to answer a client, and waits until this node knows what both agreed on.
+    ///
+    /// Returns whether the flow is known now; at a bound it is not.
+    pub fn process_open(&mut self, open: &Open, now: Nanos, fx: &mut impl Effects) -> bool {
+        let now = self.advance(now);
+        let flow = open.flow;
+        if self.live || !self.config.services.contains_key(&flow.service_port) {
+            return false;
+        }
+        match self.flows.get_mut(&flow) {
+            Some(Flow::Shadow(shadow))
+                if shadow.handshake().client_isn == open.client_isn
+                    && shadow.handshake().active_isn == open.active_isn =>
+            {
+                shadow.guard();
+                self.note_touched(flow);
+                return true;
+            }
+            _ => {}
+        }
+        if !self.openings.contains_key(&flow)
+            && (self.flows.len() + self.openings.len() >= self.config.max_flows
+                || self.bytes >= self.config.max_bytes)
         {
+            self.refused += 1;
+            return false;
+        }
+        if !fx.protect(flow) {
+            self.refused += 1;
+            return false;
+        }
+        fx.warm(Ipv4Addr::from(flow.client_addr));
+        let known = self.openings.get(&flow);
+        let since = known.map_or(now, |opening| opening.since);
+        let acked = known
+            .filter(|opening| opening.client_isn == open.client_isn)
+            .and_then(|opening| opening.acked);
+        // It is repeated until it is confirmed.
+        let answered_at = known
+            .filter(|opening| {
+                opening
+                    .answer
+                    .is_some_and(|(isn, _)| isn == open.active_isn)
+            })
+            .map_or(now, |opening| opening.answered_at);
+        if known.is_none_or(|opening| opening.client_isn != open.client_isn) {
+            self.opening_order.push_back((flow, open.client_isn));
+        }
+        let opening = Opening {
+            client_isn: open.client_isn,
+            client_window: open.client_window,
+            client: open.client,
+            answer: Some((open.active_isn, open.active)),
+            answered_at,
+            acked,
+            since,
+            guarded: true,
+        };
+        self.openings.insert(flow, opening);
+        // Whatever is there belongs to an earlier connection of the same ports.
+        self.drop_bytes_of(flow);
+        self.flows.remove(&flow);
+        let first = open.client_isn.wrapping_add(1);
+        self.tells.push(Record::Confirm(Confirm {
+            flow,
+            client_isn: open.client_isn,
+            ack: first,
+            edge: first.wrapping_add(BUFFER as u32),
+            sack: Sack::default(),
+        }));
+        if acked == Some(open.active_isn.wrapping_add(1)) {
+            self.process_client(flow, &opening.acknowledgement(open.active_isn), now, fx);
+        }
+        true
+    }
+
+    /// The active has told the client that everything before `ack` arrived, whether this node holds it
+    /// or not. Answered by a confirmation; returns whether the flow is known.
+    pub fn process_told(&mut self, flow: FlowKey, client_isn: u32, ack: u32) -> bool {
+        match self.flows.get_mut(&flow) {
+            Some(Flow::Shadow(shadow))
+                if shadow.handshake().client_isn == client_isn && !shadow.handshake().inferred =>
+            {
+                // It may have been opened while nobody guarded it.
+                shadow.guard();
+                shadow.note_told(ack);
+                self.note_touched(flow);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The flow has ended on the active.
+    pub fn process_close(&mut self, flow: FlowKey, client_isn: u32, fx: &mut impl Effects) {
+        if let Some(opening) = self.openings.get(&flow)
+            && opening.client_isn == client_isn
+        {
+            self.forget_opening(flow, fx);
+        }
+        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
+            && shadow.handshake().client_isn == client_isn
+            && !self.live
+        {
+            self.remove(flow, fx);
+        }
+    }
+
+    /// Puts a guarded flow on the list of those to be confirmed.
+    pub(super) fn note_touched(&mut self, flow: FlowKey) {
+        if !self.live
+            && let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow)
+            && shadow.touch()
+        {
+            self.touched.push(flow);
+        }
+    }
+
+    /// What is to be told to the active's ACK gate since the last call.
+    pub fn take_confirmations(&mut self, mut tell: impl FnMut(Record)) {
+        self.tells.drain(..).for_each(&mut tell);
+        let room = self.config.max_bytes.saturating_sub(self.bytes);
+        for flow in self.touched.drain(..) {
+            if let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) {
+                let client_isn = shadow.handshake().client_isn;
+                shadow.confirm(room, |confirm| tell(Record::Confirm(confirm)));
+                if shadow.is_closed() {
+                    tell(Record::Close { flow, client_isn });
+                }
+            }
+        }
+    }
+
+    pub(super) fn forget_opening(&mut self, flow: FlowKey, fx: &mut impl Effects) {
+        let Some(opening) = self.openings.remove(&flow) else {
+            return;
+        };
+        if opening.guarded && !self.live {
+            let client_isn = opening.client_isn;
+            self.tells.push(Record::Close { flow, client_isn });
+        }
+        if opening.answer.is_some() && !self.flows.contains_key(&flow) {
             fx.release(flow);
         }
     }
@@ -132,6 +276,7 @@ impl Flows {
         let habit = self.habits.entry(flow.service_port).or_default();
         habit.learn(&opening.client, &segment.options);
         if first {
+            opening.answered_at = now;
             // At the bound of the map the flow stays an opening, and is refused when it completes.
             fx.protect(flow);
             fx.warm(Ipv4Addr::from(flow.client_addr));
@@ -206,6 +351,8 @@ impl Flows {
             client: opening.client,
             active,
             inferred,
+            answered_at: opening.answered_at,
+            guarded: opening.guarded,
         };
         self.insert_shadow(flow, handshake, now);
     }
@@ -238,6 +385,8 @@ impl Flows {
                 client: opening.client,
                 active,
                 inferred: false,
+                answered_at: opening.answered_at,
+                guarded: opening.guarded,
             };
             self.insert_shadow(flow, handshake, now);
         }

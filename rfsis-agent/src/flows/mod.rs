@@ -33,6 +33,7 @@ use crate::lockstep::later;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
 use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::sync::Record;
 use crate::wire::Wire;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -81,6 +82,10 @@ pub struct FlowsConfig {
     pub idle_timeout: Nanos,
     /// MTU of the interface, bytes.
     pub mtu: usize,
+    /// The active guards flows by its ACK gate: one that it does not guard is not protected.
+    pub guarded: bool,
+    /// Frames are copies that the active makes: it copies no acknowledgement of what it did not send.
+    pub copied: bool,
 }
 
 /// What the flows do to the world.
@@ -163,6 +168,9 @@ pub struct Flows {
     resets: VecDeque<(Nanos, Vec<u8>)>,
     /// Live flows that turned out to lack bytes, and were reset.
     gave_up: u64,
+    /// Flows to be confirmed, and what else the active's ACK gate is to hear.
+    touched: Vec<FlowKey>,
+    tells: Vec<Record>,
     /// The latest time that was passed in: arrivals of several CPUs are not quite in order.
     clock: Nanos,
 }
@@ -195,6 +203,8 @@ impl Flows {
             next_warm: 0,
             resets: VecDeque::new(),
             gave_up: 0,
+            touched: Vec::new(),
+            tells: Vec::new(),
             clock: 0,
             config,
         })
@@ -286,6 +296,7 @@ impl Flows {
                 self.with_shadow(flow, now, fx, |shadow, cx| {
                     shadow.process_client(segment, cx);
                 });
+                self.note_touched(flow);
                 true
             }
             None => false,
@@ -347,6 +358,7 @@ impl Flows {
             now,
             room: 0,
             out: &mut self.out,
+            acks_are_true: self.config.copied,
         };
         let shadow = Shadow::new(
             flow,
@@ -394,6 +406,7 @@ impl Flows {
             now,
             room: self.config.max_bytes.saturating_sub(self.bytes),
             out: &mut self.out,
+            acks_are_true: self.config.copied,
         };
         f(shadow, &mut cx);
         if self.live {
@@ -443,6 +456,13 @@ impl Flows {
     }
 
     fn remove(&mut self, flow: FlowKey, fx: &mut impl Effects) {
+        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
+            && shadow.handshake().guarded
+            && !self.live
+        {
+            let client_isn = shadow.handshake().client_isn;
+            self.tells.push(Record::Close { flow, client_isn });
+        }
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
         self.set_timer(flow, None);
@@ -453,6 +473,15 @@ impl Flows {
     pub fn mark_lost(&mut self, flow: FlowKey, at: Nanos) {
         if let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) {
             shadow.mark_lost(at);
+        }
+    }
+
+    /// The active may have opened its gate without this node's hearing of it.
+    pub fn expose(&mut self) {
+        for entry in self.flows.values_mut() {
+            if let Flow::Shadow(shadow) = entry {
+                shadow.expose();
+            }
         }
     }
 
@@ -474,12 +503,16 @@ impl Flows {
                     doomed.push((flow, ResetReason::Unprotected, packet));
                 }
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
+                Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
+                    let packet = Some(shadow.reset_packet());
+                    doomed.push((flow, ResetReason::Unprotected, packet));
+                }
                 Flow::Shadow(shadow) => match shadow.fate() {
                     Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
-                        if shadow.go_live() {
+                        if shadow.go_live(now) {
                             speakers.push((shadow.last_activity(), flow));
                         }
                         self.bytes -= before - shadow.bytes();
@@ -518,6 +551,8 @@ impl Flows {
         self.timer_of.clear();
         self.opening_order.clear();
         self.resets.clear();
+        self.touched.clear();
+        self.tells.clear();
         self.bytes = 0;
         let openings = std::mem::take(&mut self.openings);
         let flows = std::mem::take(&mut self.flows);
@@ -635,6 +670,9 @@ impl Flows {
             match entry {
                 Flow::Unprotected { .. } => census.unprotected += 1,
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
+                Flow::Shadow(shadow) if !self.live && is_exposed(&self.config, shadow) => {
+                    census.unprotected += 1;
+                }
                 Flow::Shadow(shadow) => {
                     census.lag_bytes += u64::from(shadow.lag());
                     *match shadow.condition() {
@@ -650,4 +688,9 @@ impl Flows {
         }
         census
     }
+}
+
+/// The active does not guard this flow, so it may have told the client of bytes that the shadow lacks.
+fn is_exposed(config: &FlowsConfig, shadow: &Shadow) -> bool {
+    config.guarded && !shadow.handshake().guarded
 }

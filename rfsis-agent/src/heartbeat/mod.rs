@@ -8,11 +8,10 @@ pub mod session;
 
 use std::net::Ipv4Addr;
 
-use hmac::{Hmac, Mac};
 use rfsis_common::heartbeat::{ETHERNET_LEN, FRAME_LEN, MAC_LEN, MAGIC, VERSION};
 use rfsis_common::maps::State;
-use sha2::{Digest, Sha256};
 
+use crate::auth::{ClusterKey, cluster_id};
 use crate::cli::Role;
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock of `bpf_ktime_get_ns`.
@@ -51,6 +50,8 @@ pub struct Heartbeat {
     pub node: Ipv4Addr,
     /// Hardware address of the sender.
     pub mac: MacAddr,
+    /// Hardware address of the sender's tap: it sends and takes copies of the VIP's frames.
+    pub tap_mac: MacAddr,
     /// Epoch of the sender.
     pub epoch: u64,
     /// Random at each start of the sender's agent, not 0.
@@ -111,32 +112,17 @@ impl HeartbeatError {
 }
 
 /// Writes and reads heartbeats of one cluster.
-///
-/// Holds the HMAC with the key already absorbed: cloning it per frame saves half of the hashing.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Codec {
-    keyed: Hmac<Sha256>,
+    key: ClusterKey,
     cluster_id: [u8; 8],
-}
-
-impl std::fmt::Debug for Codec {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Codec")
-            .field("cluster_id", &u64::from_be_bytes(self.cluster_id))
-            .finish_non_exhaustive()
-    }
 }
 
 impl Codec {
     /// For the cluster of this name and key (any length; 32 bytes or more are secure).
     pub fn new(key: &[u8], cluster: &str) -> Self {
-        // RFC 2104 section 2 takes a key of any length, and so does `Hmac`.
-        let keyed = match Hmac::<Sha256>::new_from_slice(key) {
-            Ok(keyed) => keyed,
-            Err(_) => unreachable!("HMAC takes keys of any length"),
-        };
         Self {
-            keyed,
+            key: ClusterKey::new(key),
             cluster_id: cluster_id(cluster),
         }
     }
@@ -179,10 +165,11 @@ impl Codec {
         ] {
             writer.put(&number.to_be_bytes());
         }
+        writer.put(&heartbeat.tap_mac);
+        writer.put(&[0; 2]);
 
-        let mut mac = self.keyed.clone();
-        mac.update(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
-        writer.put(&mac.finalize().into_bytes()[..MAC_LEN]);
+        let mac = self.key.tag(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
+        writer.put(&mac);
         writer.frame
     }
 
@@ -213,10 +200,9 @@ impl Codec {
                 found: u64::from_be_bytes(cluster_id),
             });
         }
-        let mut mac = self.keyed.clone();
-        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
-        mac.verify_truncated_left(&frame[MAC_OFFSET..])
-            .map_err(|_| HeartbeatError::BadMac)?;
+        self.key
+            .authentic(&frame[ETHERNET_LEN..])
+            .ok_or(HeartbeatError::BadMac)?;
 
         // From here on a holder of the key speaks; the checks keep out what no agent writes.
         let malformed = |field| HeartbeatError::Malformed { field };
@@ -246,7 +232,13 @@ impl Codec {
                 (0, _) => return Err(malformed("echo")),
                 (session, sequence) => Some(Echo { session, sequence }),
             },
+            tap_mac: reader.take(),
         };
+        reader.expect("reserved bytes", &[0; 2])?;
+        // A group address (IEEE 802) cannot be a sender.
+        if heartbeat.tap_mac == MacAddr::default() || heartbeat.tap_mac[0] & 1 != 0 {
+            return Err(malformed("tap hardware address"));
+        }
         if heartbeat.session == 0 {
             return Err(malformed("session"));
         }
@@ -255,13 +247,6 @@ impl Codec {
         }
         Ok(heartbeat)
     }
-}
-
-/// First 8 bytes of SHA-256(name).
-fn cluster_id(cluster: &str) -> [u8; 8] {
-    let digest: [u8; 32] = Sha256::digest(cluster.as_bytes()).into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    [a, b, c, d, e, f, g, h]
 }
 
 const fn role_code(role: Role) -> u8 {
@@ -348,17 +333,28 @@ mod tests {
 
     fn heartbeats() -> impl Strategy<Value = Heartbeat> {
         (
-            (0u8..4, any::<bool>(), any::<u32>(), any::<MacAddr>()),
+            (
+                0u8..4,
+                any::<bool>(),
+                any::<u32>(),
+                any::<MacAddr>(),
+                hosts(),
+            ),
             (any::<u64>(), 1u64.., 1u64.., any::<u64>()),
             proptest::option::of((1u64.., any::<u64>())),
         )
             .prop_map(
-                |((state, primary, node, mac), (epoch, session, sequence, sent_ns), echo)| {
+                |(
+                    (state, primary, node, mac, tap_mac),
+                    (epoch, session, sequence, sent_ns),
+                    echo,
+                )| {
                     Heartbeat {
                         state: State::from_u8(state).unwrap(),
                         role: if primary { Role::Primary } else { Role::Backup },
                         node: Ipv4Addr::from(node),
                         mac,
+                        tap_mac,
                         epoch,
                         session,
                         sequence,
@@ -367,6 +363,11 @@ mod tests {
                     }
                 },
             )
+    }
+
+    /// Addresses of single hosts (IEEE 802).
+    fn hosts() -> impl Strategy<Value = MacAddr> {
+        any::<MacAddr>().prop_filter("a host", |mac| *mac != [0; 6] && mac[0] & 1 == 0)
     }
 
     fn destinations() -> impl Strategy<Value = Option<MacAddr>> {
@@ -427,9 +428,8 @@ mod tests {
     }
 
     fn sign(frame: &mut [u8; FRAME_LEN]) {
-        let mut mac = codec().keyed;
-        mac.update(&frame[ETHERNET_LEN..MAC_OFFSET]);
-        frame[MAC_OFFSET..].copy_from_slice(&mac.finalize().into_bytes()[..MAC_LEN]);
+        let mac = codec().key.tag(&frame[ETHERNET_LEN..MAC_OFFSET]);
+        frame[MAC_OFFSET..].copy_from_slice(&mac);
     }
 
     fn sample() -> Heartbeat {
@@ -438,6 +438,7 @@ mod tests {
             role: Role::Primary,
             node: Ipv4Addr::new(10, 0, 0, 1),
             mac: [2, 0, 0, 0, 0, 1],
+            tap_mac: [2, 0, 0, 0, 1, 1],
             epoch: 7,
             session: 1,
             sequence: 1,
@@ -463,7 +464,7 @@ mod tests {
         newer[TRAILER + 4] = VERSION + 1;
         assert_eq!(
             codec().parse(&newer),
-            Err(HeartbeatError::UnknownVersion { found: 2 })
+            Err(HeartbeatError::UnknownVersion { found: VERSION + 1 })
         );
     }
 
@@ -479,6 +480,7 @@ mod tests {
             (TRAILER + 7, "reserved byte"),
             (TRAILER + 20, "reserved bytes"),
             (TRAILER + 64, "echo"),
+            (TRAILER + 78, "reserved bytes"),
         ] {
             let mut frame = codec().emit(&sample(), None, PEER);
             frame[offset] ^= 0x10;
@@ -487,6 +489,26 @@ mod tests {
                 codec().parse(&frame),
                 Err(HeartbeatError::Malformed { field }),
                 "offset {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_tap_that_is_no_host_is_refused() {
+        for tap_mac in [[0; 6], BROADCAST, [3, 0, 0, 0, 0, 1]] {
+            let frame = codec().emit(
+                &Heartbeat {
+                    tap_mac,
+                    ..sample()
+                },
+                None,
+                PEER,
+            );
+            let field = "tap hardware address";
+            assert_eq!(
+                codec().parse(&frame),
+                Err(HeartbeatError::Malformed { field }),
+                "{tap_mac:?}"
             );
         }
     }

@@ -127,6 +127,11 @@ impl PeerSession {
         self.established.is_some()
     }
 
+    /// The peer's session, once it is proven.
+    pub fn peer_session(&self) -> Option<u64> {
+        self.established.map(|established| established.session)
+    }
+
     /// Sequence of the last heartbeat that [`stamp`](Self::stamp) numbered, 0 before the first.
     pub fn own_sequence(&self) -> u64 {
         self.own.sequence
@@ -271,6 +276,7 @@ mod tests {
             role: Role::Primary,
             node: from.node,
             mac: [2; 6],
+            tap_mac: [2; 6],
             epoch: 1,
             session,
             sequence,

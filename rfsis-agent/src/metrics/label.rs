@@ -1,12 +1,15 @@
 //! Labels with a fixed set of values.
 
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::maps::State;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use crate::bpf::XdpMode;
 use crate::heartbeat::HeartbeatError;
 use crate::heartbeat::session::Refusal;
 use crate::segment::SegmentError;
+use crate::sync::SyncError;
 
 /// Values of a label, known when the program is built.
 pub trait Label: Copy + 'static {
@@ -72,6 +75,68 @@ label! {
 }
 
 label! {
+    /// What became of a sync datagram that was to be sent.
+    SyncSent {
+        /// On the wire.
+        Ok = "ok",
+        /// The system refused.
+        SendFailed = "send_failed",
+    }
+}
+
+label! {
+    /// What a sync datagram that came in was.
+    SyncReceived {
+        /// Authentic and new.
+        Ok = "ok",
+        /// Too short to be one.
+        Truncated = "truncated",
+        /// Contradicts the layout.
+        Malformed = "malformed",
+        /// Of another cluster.
+        WrongCluster = "wrong_cluster",
+        /// Its MAC is wrong.
+        BadMac = "bad_mac",
+        /// Sent by this node itself.
+        OwnId = "own_id",
+        /// Not of the peer.
+        UnknownNode = "unknown_node",
+        /// Between other sessions than the present ones.
+        WrongSession = "wrong_session",
+        /// Of another epoch than this node's.
+        WrongEpoch = "wrong_epoch",
+        /// Seen before, or too old to tell.
+        Stale = "stale",
+    }
+}
+
+label! {
+    /// What this node can promise its clients.
+    Protection {
+        /// Every byte that a client is told of is on the standby.
+        Sync = "sync",
+        /// It should be so, but no standby answers: the gate is open.
+        Degraded = "degraded",
+        /// Configured so: what the standby lacks at a takeover is lost.
+        Async = "async",
+        /// Nothing: it does not speak for the VIP.
+        Standby = "standby",
+    }
+}
+
+label! {
+    /// How the ACK gate treats a flow.
+    GuardCondition {
+        /// Its SYN-ACK waits for the standby.
+        Opening = "opening",
+        /// Its client is told of nothing that the standby lacks.
+        Guarded = "guarded",
+        /// Its client was told of more, while no standby answered.
+        Exposed = "exposed",
+    }
+}
+
+label! {
     /// The condition of a flow.
     FlowCondition {
         /// Not established yet.
@@ -112,9 +177,12 @@ label! {
         BadChecksum = "bad_checksum",
         /// Contradicts itself.
         Malformed = "malformed",
-        /// Not TCP.
+        /// Neither TCP nor UDP to be kept: another protocol, a fragment, or UDP with `udp_replay` off.
         NotTcp = "not_tcp",
-        /// From the VIP, but not from the active node.
+        /// To or from a UDP service.
+        Datagram = "datagram",
+        /// Not from the active node: with tap `mirror` the standby takes only its copies, with `lan`
+        /// nobody else may speak for the VIP.
         Foreign = "foreign",
         /// Of a flow that has no shadow.
         UnknownFlow = "unknown_flow",
@@ -144,6 +212,18 @@ label! {
         Ignored = "ignored",
         /// Came from where an answer would only be answered again.
         Loop = "loop",
+    }
+}
+
+label! {
+    /// What became of a UDP datagram whose answer by the active was not seen.
+    ReplayResult {
+        /// Answered after the takeover.
+        Answered = "answered",
+        /// Waited for longer than `udp_replay`.
+        Expired = "expired",
+        /// Gave way to newer ones at a bound.
+        Dropped = "dropped",
     }
 }
 
@@ -181,6 +261,22 @@ impl From<Refusal> for HeartbeatReceived {
     }
 }
 
+impl From<SyncError> for SyncReceived {
+    fn from(error: SyncError) -> Self {
+        match error {
+            SyncError::Truncated { .. } => Self::Truncated,
+            SyncError::Malformed { .. } | SyncError::UnknownVersion { .. } => Self::Malformed,
+            SyncError::WrongCluster { .. } => Self::WrongCluster,
+            SyncError::BadMac => Self::BadMac,
+            SyncError::OwnId => Self::OwnId,
+            SyncError::UnknownNode { .. } => Self::UnknownNode,
+            SyncError::WrongSession => Self::WrongSession,
+            SyncError::WrongEpoch { .. } => Self::WrongEpoch,
+            SyncError::Stale => Self::Stale,
+        }
+    }
+}
+
 impl From<SegmentError> for FrameResult {
     fn from(error: SegmentError) -> Self {
         match error {
@@ -211,8 +307,28 @@ impl Label for XdpVerdict {
     }
 }
 
+impl Label for MirrorVerdict {
+    const ALL: &'static [Self] = &MirrorVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
 impl Label for GateVerdict {
     const ALL: &'static [Self] = &GateVerdict::ALL;
+    fn index(self) -> usize {
+        self as usize
+    }
+    fn as_str(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+impl Label for AckGateVerdict {
+    const ALL: &'static [Self] = &AckGateVerdict::ALL;
     fn index(self) -> usize {
         self as usize
     }

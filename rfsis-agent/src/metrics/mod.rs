@@ -15,14 +15,16 @@ use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
 };
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::maps::State;
+use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
-    DatagramResult, FlowCondition, FrameResult, HeartbeatReceived, HeartbeatSent, Label,
-    ResetReason, Ring,
+    DatagramResult, FlowCondition, FrameResult, GuardCondition, HeartbeatReceived, HeartbeatSent,
+    Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
@@ -86,11 +88,17 @@ impl<L: Label + PartialEq> Gauges<L> {
         self.children[value.index()].get()
     }
 
-    /// Sets one to 1 and the others to 0.
+    /// Sets one to 1 and the others to 0, in this order: at every moment one is chosen.
     pub fn choose(&self, chosen: L) {
-        for value in L::ALL {
-            self.set(*value, f64::from(u8::from(*value == chosen)));
+        self.set(chosen, 1.0);
+        for value in L::ALL.iter().filter(|value| **value != chosen) {
+            self.set(*value, 0.0);
         }
+    }
+
+    /// The one that was chosen; `None` before the first choice.
+    pub fn chosen(&self) -> Option<L> {
+        L::ALL.iter().copied().find(|value| self.get(*value) > 0.0)
     }
 }
 
@@ -114,6 +122,18 @@ pub struct Metrics {
     pub heartbeats_sent: Counters<HeartbeatSent>,
     /// `rfsis_heartbeats_total{direction="received"}`.
     pub heartbeats_received: Counters<HeartbeatReceived>,
+    /// `rfsis_sync_datagrams_total{direction="sent"}`.
+    pub sync_sent: Counters<SyncSent>,
+    /// `rfsis_sync_datagrams_total{direction="received"}`.
+    pub sync_received: Counters<SyncReceived>,
+    /// `rfsis_sync_records_skipped_total`.
+    pub sync_records_skipped: IntCounter,
+    /// `rfsis_protection{mode}`, 0 or 1.
+    pub protection: Gauges<Protection>,
+    /// `rfsis_guarded_flows{condition}`.
+    pub guarded_flows: Gauges<GuardCondition>,
+    /// `rfsis_guard_refused_total`.
+    pub guard_refused: IntCounter,
     /// `rfsis_flows{condition}`.
     pub flows: Gauges<FlowCondition>,
     /// `rfsis_flows_refused_total`.
@@ -132,10 +152,16 @@ pub struct Metrics {
     pub ring_dropped: Counters<Ring>,
     /// `rfsis_gate_packets_total{verdict}`, set by the scrape hook.
     pub gate_packets: Counters<GateVerdict>,
+    /// `rfsis_mirror_packets_total{verdict}`, set by the scrape hook.
+    pub mirror_packets: Counters<MirrorVerdict>,
+    /// `rfsis_ack_gate_packets_total{verdict}`, set by the scrape hook.
+    pub ack_gate_packets: Counters<AckGateVerdict>,
     /// `rfsis_xdp_mode{mode}`, 0 or 1.
     pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
     pub held_released: IntCounter,
+    /// `rfsis_datagrams_replayed_total{result}`.
+    pub datagrams_replayed: Counters<ReplayResult>,
     /// `rfsis_shadow_send_failures_total`.
     pub shadow_send_failures: IntCounter,
     connections: IntCounterVec,
@@ -157,6 +183,11 @@ impl Metrics {
         let heartbeats = family.counters(
             "rfsis_heartbeats_total",
             "Heartbeats by direction and result.",
+            &["direction", "result"],
+        )?;
+        let sync_datagrams = family.counters(
+            "rfsis_sync_datagrams_total",
+            "Datagrams between the nodes by direction and result.",
             &["direction", "result"],
         )?;
         Ok(Metrics {
@@ -188,6 +219,28 @@ impl Metrics {
             heartbeats_received: Counters::new(|result| {
                 heartbeats.with_label_values(&["received", result])
             }),
+            sync_sent: Counters::new(|result| sync_datagrams.with_label_values(&["sent", result])),
+            sync_received: Counters::new(|result| {
+                sync_datagrams.with_label_values(&["received", result])
+            }),
+            sync_records_skipped: family.counter(
+                "rfsis_sync_records_skipped_total",
+                "Records of the peer whose type this version does not know.",
+            )?,
+            protection: family.labelled_gauges(
+                "rfsis_protection",
+                "1 for what this node can promise the VIP's clients.",
+                "mode",
+            )?,
+            guarded_flows: family.labelled_gauges(
+                "rfsis_guarded_flows",
+                "Flows that the ACK gate knows, by condition.",
+                "condition",
+            )?,
+            guard_refused: family.counter(
+                "rfsis_guard_refused_total",
+                "New flows let go unprotected because the standby did not take them.",
+            )?,
             flows: family.labelled_gauges("rfsis_flows", "Flows by condition.", "condition")?,
             flows_refused: family.counter(
                 "rfsis_flows_refused_total",
@@ -226,6 +279,16 @@ impl Metrics {
                 "Packets by verdict of the gate.",
                 "verdict",
             )?,
+            mirror_packets: family.labelled_counters(
+                "rfsis_mirror_packets_total",
+                "Frames of the VIP by what became of their copies for the standby.",
+                "verdict",
+            )?,
+            ack_gate_packets: family.labelled_counters(
+                "rfsis_ack_gate_packets_total",
+                "TCP packets from a service's port by verdict of the ACK gate.",
+                "verdict",
+            )?,
             xdp_mode: family.labelled_gauges(
                 "rfsis_xdp_mode",
                 "1 for how the XDP program is attached.",
@@ -235,9 +298,14 @@ impl Metrics {
                 "rfsis_held_released_total",
                 "Held FIN and RST that were approved later.",
             )?,
+            datagrams_replayed: family.labelled_counters(
+                "rfsis_datagrams_replayed_total",
+                "UDP datagrams whose answer by the active was not seen.",
+                "result",
+            )?,
             shadow_send_failures: family.counter(
                 "rfsis_shadow_send_failures_total",
-                "Packets of live shadows that the system refused to send.",
+                "Packets of live shadows and late UDP answers that the system refused to send.",
             )?,
             connections: family.counters(
                 "rfsis_connections_total",

@@ -42,8 +42,13 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_takeover_duration_seconds", "histogram"),
         ("rfsis_heartbeat_age_seconds", "gauge"),
         ("rfsis_heartbeats_total", "counter"),
+        ("rfsis_sync_datagrams_total", "counter"),
+        ("rfsis_sync_records_skipped_total", "counter"),
         ("rfsis_flows", "gauge"),
         ("rfsis_flows_refused_total", "counter"),
+        ("rfsis_guard_refused_total", "counter"),
+        ("rfsis_guarded_flows", "gauge"),
+        ("rfsis_protection", "gauge"),
         ("rfsis_flow_resets_total", "counter"),
         ("rfsis_shadow_lag_bytes", "gauge"),
         ("rfsis_shadow_bytes", "gauge"),
@@ -51,10 +56,13 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_xdp_packets_total", "counter"),
         ("rfsis_ring_dropped_total", "counter"),
         ("rfsis_gate_packets_total", "counter"),
+        ("rfsis_mirror_packets_total", "counter"),
+        ("rfsis_ack_gate_packets_total", "counter"),
         ("rfsis_xdp_mode", "gauge"),
         ("rfsis_connections_total", "counter"),
         ("rfsis_accept_errors_total", "counter"),
         ("rfsis_datagrams_total", "counter"),
+        ("rfsis_datagrams_replayed_total", "counter"),
         ("rfsis_held_released_total", "counter"),
         ("rfsis_shadow_send_failures_total", "counter"),
     ]);
@@ -69,10 +77,13 @@ fn every_series_exists_before_anything_happened() {
         "rfsis_state{state=\"fenced\"} 0",
         "rfsis_heartbeats_total{direction=\"sent\",result=\"send_failed\"} 0",
         "rfsis_heartbeats_total{direction=\"received\",result=\"unproven\"} 0",
+        "rfsis_sync_datagrams_total{direction=\"sent\",result=\"ok\"} 0",
+        "rfsis_sync_datagrams_total{direction=\"received\",result=\"wrong_epoch\"} 0",
         "rfsis_flows{condition=\"lockstep\"} 0",
         "rfsis_flow_resets_total{reason=\"unpredictable\"} 0",
         "rfsis_frames_total{result=\"from_active\"} 0",
         "rfsis_xdp_packets_total{verdict=\"mirror_lost\"} 0",
+        "rfsis_ack_gate_packets_total{verdict=\"opening_lost\"} 0",
         "rfsis_ring_dropped_total{ring=\"heartbeats\"} 0",
         "rfsis_gate_packets_total{verdict=\"held\"} 0",
         "rfsis_xdp_mode{mode=\"generic\"} 0",
@@ -92,11 +103,14 @@ fn each_label_counts_for_itself_alone() {
     }
     distinct::<HeartbeatSent>();
     distinct::<HeartbeatReceived>();
+    distinct::<SyncSent>();
+    distinct::<SyncReceived>();
     distinct::<FlowCondition>();
     distinct::<ResetReason>();
     distinct::<FrameResult>();
     distinct::<Ring>();
     distinct::<DatagramResult>();
+    distinct::<ReplayResult>();
     distinct::<XdpMode>();
     distinct::<State>();
     distinct::<XdpVerdict>();

@@ -174,6 +174,11 @@ impl Node {
         self.epoch
     }
 
+    /// The peer's session, once it is proven.
+    pub fn peer_session(&self) -> Option<u64> {
+        self.session.peer_session()
+    }
+
     /// What was last heard of the peer.
     pub fn peer(&self) -> Option<PeerView> {
         self.peer
@@ -359,6 +364,7 @@ impl Node {
             epoch: heartbeat.epoch,
             heard_at: before.map_or(arrival, |p| p.heard_at.max(arrival)),
             mac: heartbeat.mac,
+            tap_mac: heartbeat.tap_mac,
         });
         if before.is_some() && freshness == Freshness::NewSession {
             actions.push(Action::Report(Fact::PeerRestarted(heartbeat.node)));
@@ -646,6 +652,7 @@ impl Node {
             role: self.config.role,
             node: self.config.node,
             mac: self.config.mac,
+            tap_mac: self.config.tap_mac,
             epoch: self.epoch,
             session,
             sequence,

@@ -261,6 +261,7 @@ fn boot(host: usize, role: Role, missed: u32, session: u64, now: Nanos) -> Node 
         node: address(host),
         peer: address(1 - host),
         mac: [2, 0, 0, 0, 0, host as u8],
+        tap_mac: [2, 0, 0, 0, 0, host as u8],
         interval: Duration::from_nanos(INTERVAL),
         missed,
         lease: Duration::from_nanos(lease(missed)),

@@ -19,6 +19,8 @@ pub struct NodeConfig {
     pub peer: Ipv4Addr,
     /// Own hardware address.
     pub mac: MacAddr,
+    /// Hardware address of the own tap: it sends and takes copies of the VIP's frames.
+    pub tap_mac: MacAddr,
     /// Between two heartbeats.
     pub interval: Duration,
     /// Intervals of silence until a takeover.
@@ -46,4 +48,6 @@ pub struct PeerView {
     pub heard_at: Nanos,
     /// Its hardware address.
     pub mac: MacAddr,
+    /// Hardware address of its tap.
+    pub tap_mac: MacAddr,
 }

@@ -18,19 +18,21 @@ const ANSWERING_PORTS: [u16; 6] = [7, 9, 13, 17, 19, 37];
 const DATAGRAM_BUFFER: usize = 65_536;
 
 /// Sources that would answer our answer: two such services never stop talking (CERT CA-1996-01).
-pub(super) struct LoopSources {
+#[derive(Debug)]
+pub(crate) struct LoopSources {
     vip: Ipv4Addr,
     ports: Vec<u16>,
 }
 
 impl LoopSources {
     /// `ports` are those of our own UDP services: the peer's are the same.
-    pub(super) fn new(vip: Ipv4Addr, mut ports: Vec<u16>) -> Self {
+    pub(crate) fn new(vip: Ipv4Addr, mut ports: Vec<u16>) -> Self {
         ports.extend(ANSWERING_PORTS);
         Self { vip, ports }
     }
 
-    fn contains(&self, source: SocketAddr) -> bool {
+    /// Whether an answer to this source would be answered.
+    pub(crate) fn contains(&self, source: SocketAddr) -> bool {
         source.ip() == IpAddr::V4(self.vip) || self.ports.contains(&source.port())
     }
 }

@@ -29,6 +29,7 @@ use crate::cli::Fatal;
 use crate::config::{Protocol, Service};
 use crate::handler::HandlerKind;
 use crate::metrics::Metrics;
+pub(crate) use datagram::LoopSources;
 
 /// `SO_RCVBUF` and `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel
 /// socket holds. The kernel doubles the number for its own bookkeeping, socket(7).
@@ -170,7 +171,7 @@ impl Services {
         for (bound, socket) in self.datagrams {
             let answerer = datagram::Answerer {
                 handler: bound.handler,
-                loops: datagram::LoopSources::new(self.vip, udp_ports.clone()),
+                loops: LoopSources::new(self.vip, udp_ports.clone()),
                 counters: metrics.datagrams(&bound.name),
                 state: state.clone(),
             };

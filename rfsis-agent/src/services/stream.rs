@@ -16,6 +16,8 @@ use crate::handler::StreamHandler;
 const BUFFER_LIMIT: usize = 64 * 1024;
 /// What a buffer begins with, bytes.
 const BUFFER_FIRST: usize = 4 * 1024;
+/// A connection that is idle for so long gives its buffers back.
+const REST: Duration = Duration::from_millis(100);
 /// After the answer is complete a client may be silent for this long before it is cut.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -124,8 +126,6 @@ async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Re
             return Ok(());
         }
         if !moved {
-            input.release();
-            output.release();
             let read = (!eof && !finished && !input.is_full()).then_some(Interest::READABLE);
             let write = (!output.is_empty()).then_some(Interest::WRITABLE);
             let interest = match (read, write) {
@@ -133,6 +133,14 @@ async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Re
                 (Some(one), None) | (None, Some(one)) => one,
                 (None, None) => return Err(io::Error::other("the handler waits for nothing")),
             };
+            // One that only pauses would get its memory anew each time, and the kernel clear it.
+            let ready = tokio::time::timeout(REST, stream.ready(interest));
+            if let Ok(ready) = ready.await {
+                ready?;
+                continue;
+            }
+            input.release();
+            output.release();
             stream.ready(interest).await?;
         }
     }

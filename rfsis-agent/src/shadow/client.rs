@@ -3,7 +3,7 @@
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::TcpControl;
 
-use super::{Context, DISBELIEF, FAR, HOLE_PATIENCE, Outgoing, REORDER_LIMIT, Shadow, Source};
+use super::{Context, DISBELIEF, FAR, Outgoing, REORDER_LIMIT, Shadow, Source};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, clamp_ack, distance, later};
 use crate::segment::Segment;
@@ -38,7 +38,7 @@ impl Shadow {
         }
         self.take_timestamp(segment);
         let before_ack = (self.una, self.client_edge);
-        let Some(ack) = self.take_ack(segment, ack) else {
+        let Some(ack) = self.take_ack(segment, ack, cx) else {
             return;
         };
         let mut delivered = false;
@@ -72,9 +72,7 @@ impl Shadow {
             self.feed(TcpControl::None, ack, &[], cx);
         }
         self.pump(cx);
-        if self.live
-            && (self.ahead.is_some() || self.disbelieved >= DISBELIEF || self.hole_stays(cx.now))
-        {
+        if self.live && (self.ahead_stays(cx.now) || self.hole_stays(cx.now)) {
             self.give_up(cx);
         }
     }
@@ -87,8 +85,23 @@ impl Shadow {
             Some((held, since)) if hole && held == self.held => Some((held, since)),
             _ => hole.then_some((self.held, now)),
         };
+        let patience = self.hole_patience();
         self.hole
-            .is_some_and(|(_, since)| now.saturating_sub(since) > HOLE_PATIENCE)
+            .is_some_and(|(_, since)| now.saturating_sub(since) > patience)
+    }
+
+    /// The client has bytes that the handler did not write, because it lacks what the client had sent
+    /// before. Of a guarded flow the client sends it again.
+    fn ahead_stays(&mut self, now: Nanos) -> bool {
+        let ahead = self.ahead.is_some() || self.disbelieved >= DISBELIEF;
+        self.ahead_since = ahead.then(|| self.ahead_since.unwrap_or(now));
+        let patience = if self.handshake.guarded {
+            self.hole_patience()
+        } else {
+            0
+        };
+        self.ahead_since
+            .is_some_and(|since| now.saturating_sub(since) >= patience)
     }
 
     /// The client has bytes that this shadow cannot write, or sends bytes behind some that it lacks:
@@ -113,8 +126,11 @@ impl Shadow {
     }
 
     /// The acknowledgement to deliver with this segment, or `None` if the segment is worthless.
-    fn take_ack(&mut self, segment: &Segment<'_>, ack: u32) -> Option<u32> {
+    fn take_ack(&mut self, segment: &Segment<'_>, ack: u32, cx: &Context<'_>) -> Option<u32> {
         let clamped = clamp_ack(ack, self.una, self.max());
+        if self.handshake.guarded && !self.live && cx.acks_are_true {
+            self.active_next = later(self.active_next, ack);
+        }
         if clamped
             .ahead
             .is_some_and(|ahead| before(self.active_next, ahead))
@@ -124,7 +140,12 @@ impl Shadow {
             self.claimed = Some(ack);
             self.disbelieved = self.disbelieved.saturating_add(1);
             self.wants_ack |= self.live;
-            return Some(self.una);
+            if !(self.live && self.handshake.guarded && self.disbelieved >= DISBELIEF) {
+                return Some(self.una);
+            }
+            // The client's own: the active answered data of which no copy came, and died. The client sends
+            // that data again, and what the handler makes of it is acknowledged already.
+            self.active_next = ack;
         }
         if clamped.stale && self.state() == State::SynReceived {
             return None;

@@ -31,7 +31,11 @@ impl Shadow {
             Err(ResetReason::Lagging)
         } else if matches!(self.source, Source::Active { complete: false }) && !self.is_pristine() {
             Err(ResetReason::Unpredictable)
-        } else if self.lag() > 0 || self.lost_since.is_some() || self.ahead.is_some() {
+        } else if self.lag() > 0
+            || self.has_lost()
+            || (self.ahead.is_some() && !self.handshake.guarded)
+        {
+            // A guarded flow lacks only what its client will send again.
             Err(ResetReason::Lagging)
         } else {
             Ok(())
@@ -48,8 +52,13 @@ impl Shadow {
     }
 
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
-    pub fn go_live(&mut self) -> bool {
+    pub fn go_live(&mut self, now: Nanos) -> bool {
         self.live = true;
+        if self.handshake.guarded
+            && let Some(clock) = &mut self.clock
+        {
+            clock.leap(now);
+        }
         // Only a handler that was not run so far can have something to write.
         let starts = matches!(self.source, Source::Active { complete: false });
         if starts {
@@ -185,8 +194,16 @@ impl Shadow {
 
     /// The sequence number of an ACK: behind all that was sent, but inside the client's window, which a
     /// window probe is not (Linux `tcp_acceptable_seq`).
+    ///
+    /// What the active sent is not all known here where the tap does not show it; the client says what it
+    /// has got, and ignores every ACK from before that.
     pub(super) fn acceptable_seq(&self) -> u32 {
         let next = later(self.active_next, self.sent_next);
+        let got = self
+            .claimed
+            .or(self.ahead)
+            .filter(|_| self.handshake.guarded);
+        let next = later(next, got.unwrap_or(next));
         if before(self.client_edge, next) {
             self.client_edge
         } else {

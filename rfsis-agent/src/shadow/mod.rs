@@ -37,10 +37,11 @@ use smoltcp::wire::{
 
 use crate::handler::{HandlerKind, Output, StreamHandler};
 use crate::heartbeat::Nanos;
-use crate::lockstep::{Lockstep, TimestampClock, before, distance, window_field};
+use crate::lockstep::{Lockstep, TimestampClock, before, distance, later, window_field};
 use crate::metrics::FlowCondition;
 use crate::reorder::Reorder;
 use crate::segment::Options;
+use crate::sync::{Confirm, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
@@ -59,6 +60,9 @@ pub const FAR: i32 = 16 << 20;
 
 /// A client that has lost packets fills the hole within some retransmission timeouts, ns.
 const HOLE_PATIENCE: Nanos = 5_000_000_000;
+
+/// The client of a guarded flow repeats what is missing, however far it has backed off by then, ns.
+const GUARDED_PATIENCE: Nanos = 60_000_000_000;
 
 /// So many acknowledgements in a row of what nobody sent are the client's own: a forger would have
 /// to guess each, and the client's true ones would come between.
@@ -79,6 +83,10 @@ pub struct Handshake {
     pub active: Options,
     /// The SYN-ACK itself was not seen; all this is inferred from the client's first ACK.
     pub inferred: bool,
+    /// When the SYN-ACK was seen, ns.
+    pub answered_at: Nanos,
+    /// The active's ACK gate guards the flow: the client is told of no byte that this shadow lacks.
+    pub guarded: bool,
 }
 
 impl Handshake {
@@ -117,6 +125,8 @@ pub struct Context<'a> {
     pub room: usize,
     /// Where a live shadow puts what it sends.
     pub out: &'a mut Vec<Outgoing>,
+    /// The active copies no acknowledgement of what it did not send.
+    pub acks_are_true: bool,
 }
 
 /// A packet that a live shadow wants to send.
@@ -184,6 +194,11 @@ pub struct Shadow {
     tail: TailProbe,
     /// A hole before which nothing moved: bytes held, and since when.
     hole: Option<(u64, Nanos)>,
+    /// An acknowledgement of what the handler has not written, and since when.
+    ahead_since: Option<Nanos>,
+    /// The client was heard since the last confirmation.
+    touched: bool,
+    exposed: bool,
     live: bool,
     gave_up: bool,
     reset: bool,
@@ -336,12 +351,15 @@ impl Shadow {
                 .active
                 .timestamp
                 .filter(|_| handshake.timestamps())
-                .map(|(tsval, _)| TimestampClock::new(tsval, cx.now)),
+                .map(|(tsval, _)| TimestampClock::new(tsval, handshake.answered_at)),
             diverged: false,
             inferred: handshake.inferred,
             lost_since: None,
             tail: TailProbe::default(),
             hole: None,
+            ahead_since: None,
+            touched: false,
+            exposed: false,
             live: false,
             gave_up: false,
             reset: false,
@@ -398,7 +416,7 @@ impl Shadow {
             FlowCondition::Live
         } else if self.diverged {
             FlowCondition::Diverged
-        } else if self.lag() > 0 || self.lost_since.is_some() {
+        } else if self.lag() > 0 || self.has_lost() {
             FlowCondition::Lagging
         } else if self.state() == State::SynReceived {
             FlowCondition::Handshake
@@ -410,6 +428,79 @@ impl Shadow {
     /// A frame of this flow found the ring full at `at` (ns).
     pub fn mark_lost(&mut self, at: Nanos) {
         self.lost_since = Some(at);
+    }
+
+    /// The active may have opened its gate, unheard: the client may have been told of bytes that this
+    /// shadow lacks, and never repeat them.
+    pub fn expose(&mut self) {
+        self.exposed = true;
+    }
+
+    /// How long the client of a live flow may take to repeat what is missing, ns.
+    fn hole_patience(&self) -> Nanos {
+        if self.handshake.guarded && !self.exposed {
+            GUARDED_PATIENCE
+        } else {
+            HOLE_PATIENCE
+        }
+    }
+
+    /// Whether a copy is missing that nobody will send again: what the client was not told of it
+    /// repeats.
+    fn has_lost(&self) -> bool {
+        self.lost_since.is_some() && !self.handshake.guarded
+    }
+
+    /// The active's ACK gate guards this flow from its first byte on.
+    pub fn guard(&mut self) {
+        self.handshake.guarded = true;
+    }
+
+    /// The client was told, by the active, that everything before `ack` had arrived.
+    pub fn note_told(&mut self, ack: u32) {
+        if distance(self.held_next(), ack).abs() <= FAR {
+            self.active_ack = later(self.active_ack, ack);
+        }
+    }
+
+    /// Notes that the flow is to be confirmed; returns whether that is news.
+    pub fn touch(&mut self) -> bool {
+        self.handshake.guarded && !std::mem::replace(&mut self.touched, true)
+    }
+
+    /// What this shadow holds, for the active's ACK gate: one confirmation, or as many as it takes to name
+    /// the ranges that grew behind holes since the last time, latest first (RFC 2018 section 4).
+    ///
+    /// `room`: bytes that it may still store.
+    pub fn confirm(&mut self, room: usize, mut tell: impl FnMut(Confirm)) {
+        self.touched = false;
+        let room = REORDER_LIMIT
+            .saturating_sub(self.reorder.bytes())
+            .min(room)
+            .max(BUFFER);
+        // What was promised once stays promised: smoltcp's own buffer is behind it.
+        let edge = self.held_next().wrapping_add(room as u32);
+        self.active_edge = later(self.active_edge, edge);
+        let first = self.handshake.client_isn.wrapping_add(1);
+        let grown = self.reorder.take_grown(self.held);
+        let blocks: Vec<_> = grown
+            .iter()
+            .map(|(l, r)| (first.wrapping_add(*l as u32), first.wrapping_add(*r as u32)))
+            .collect();
+        let confirm = Confirm {
+            flow: self.flow,
+            client_isn: self.handshake.client_isn,
+            ack: self.held_next(),
+            edge: self.active_edge,
+            sack: Sack::default(),
+        };
+        if blocks.is_empty() {
+            tell(confirm);
+        }
+        for blocks in blocks.chunks(3) {
+            let sack = blocks.iter().copied().collect();
+            tell(Confirm { sack, ..confirm });
+        }
     }
 
     /// Gives back what an idle flow need not hold.

@@ -11,7 +11,7 @@ use tests::agent::port;
 use tests::interrupt::remove_on_interrupt;
 use tests::pulse::Pulse;
 use tests::report::millis;
-use tests::{Agent, Capture, Lab, Pair, Typist, VIP};
+use tests::{Agent, Bridge, Capture, Lab, LabOptions, Pair, Typist, VIP};
 
 /// The shipped config, used as it is: each node has a `/run` of its own.
 const CONFIG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config.yaml");
@@ -20,8 +20,11 @@ const STEADY: u64 = 500;
 
 fn main() -> Result<()> {
     let began = Instant::now();
-    say("three hosts on a bridge: client 192.168.1.50, node a 192.168.1.1, node b 192.168.1.2");
-    let lab = Lab::build(&Default::default())?;
+    say("three hosts on a switch: client 192.168.1.50, node a 192.168.1.1, node b 192.168.1.2");
+    let lab = Lab::build(&LabOptions {
+        bridge: Bridge::Learning,
+        ..LabOptions::default()
+    })?;
     remove_on_interrupt(lab.directory().to_owned())?;
 
     say("rfsis-agent on both nodes, with the shipped config.yaml: a as primary, b as backup");
@@ -29,6 +32,10 @@ fn main() -> Result<()> {
     // On a machine too busy for 30 ms deadlines they may have changed places already.
     let (active, standby) = pair.by_state();
     show_states([&active, &standby]);
+    // A connection that opens while the standby does not answer is not protected.
+    active.wait_status("protection sync", |status| {
+        status["protection"]["mode"] == "sync"
+    });
 
     let capture = Capture::start(&lab);
     say(&format!("client$ nc {VIP} {}", port::ECHO));
@@ -38,6 +45,10 @@ fn main() -> Result<()> {
     // A second session speaks every millisecond, to time the pause.
     let pulse = Pulse::start(&lab)?;
     standby.wait_flows("lockstep", 2);
+    active.wait_status("two guarded flows", |status| {
+        status["protection"]["guarded"] == 2
+    });
+    show_protection(&active);
     pulse.beat_on(STEADY);
     let before = standby.metrics();
 
@@ -125,6 +136,14 @@ fn show_states(agents: [&Agent; 2]) {
     }
 }
 
+fn show_protection(agent: &Agent) {
+    let status = agent.ask(&["status"]);
+    let text = String::from_utf8_lossy(&status.stdout);
+    for line in text.lines().filter(|line| line.starts_with("protection")) {
+        println!("    {line}");
+    }
+}
+
 /// Counters of every frame would drown what a takeover changed.
 fn tells_the_story(series: &str) -> bool {
     [
@@ -134,6 +153,7 @@ fn tells_the_story(series: &str) -> bool {
         "rfsis_takeover_duration_seconds_sum",
         "rfsis_flows",
         "rfsis_flow_resets_total",
+        "rfsis_protection",
         "rfsis_xdp_packets_total",
         "rfsis_gate_packets_total",
     ]

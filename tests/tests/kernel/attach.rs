@@ -261,9 +261,12 @@ fn load_and_tell() {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[],
+        observed_ports: &[],
         datagram_ports: &[],
         frame_ring_bytes: 4096,
         max_live_flows: 1,
+        mirror: None,
+        guard: None,
     };
     let error = Programs::load(params).unwrap_err();
     println!("exit {}: {error}", error.exit_code());

@@ -11,8 +11,9 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use nix::time::{ClockId, clock_gettime};
-use rfsis_agent::bpf::{LoadParams, Programs};
+use rfsis_agent::bpf::{GuardParams, LoadParams, MirrorParams, Programs};
 use rfsis_common::maps::{NodeState, State};
+use rfsis_common::mirror::MirrorEgress;
 use tests::patience::wait_until;
 
 use crate::frames::{OWN, SERVICE, VIP};
@@ -93,12 +94,56 @@ pub fn load() -> Programs {
 }
 
 pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
+    load_with(frame_ring_bytes, None, None)
+}
+
+/// Programs with an ACK gate for 16 flows, and tap `lan`.
+pub fn load_guarded() -> Programs {
+    load_with(1 << 20, None, Some(GuardParams { max_flows: 16 }))
+}
+
+/// Programs that copy for a standby by this interface.
+pub fn load_mirror(interface: &str, egress: MirrorEgress) -> Programs {
+    load_with(1 << 20, Some(mirror_params(interface, egress)), None)
+}
+
+/// The same with an ACK gate for 16 flows.
+pub fn load_guarded_mirror(interface: &str) -> Programs {
+    let mirror = mirror_params(interface, MirrorEgress::Handshake);
+    load_with(1 << 20, Some(mirror), Some(GuardParams { max_flows: 16 }))
+}
+
+fn mirror_params(interface: &str, egress: MirrorEgress) -> MirrorParams {
+    let (ifindex, mac) = (index_of(interface), mac_of(interface));
+    MirrorParams {
+        ifindex,
+        mac,
+        egress,
+    }
+}
+
+pub fn index_of(interface: &str) -> u32 {
+    nix::net::if_::if_nametoindex(interface).unwrap()
+}
+
+pub fn mac_of(interface: &str) -> [u8; 6] {
+    link_address(interface).addr().unwrap()
+}
+
+fn load_with(
+    frame_ring_bytes: u32,
+    mirror: Option<MirrorParams>,
+    guard: Option<GuardParams>,
+) -> Programs {
     let params = LoadParams {
         vip: VIP,
         service_ports: &[SERVICE],
+        observed_ports: &[],
         datagram_ports: &[SERVICE],
         frame_ring_bytes,
         max_live_flows: 16,
+        mirror,
+        guard,
     };
     Programs::load(params).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -117,13 +162,17 @@ pub fn set_state(programs: &Programs, state: State, lease_ns: u64) {
     assert_eq!(writer.read().unwrap(), node);
 }
 
-/// A packet socket on an interface, protocol ETH_P_ALL.
-pub fn packet_socket(interface: &str) -> OwnedFd {
-    let address: LinkAddr = nix::ifaddrs::getifaddrs()
+fn link_address(interface: &str) -> LinkAddr {
+    nix::ifaddrs::getifaddrs()
         .unwrap()
         .filter(|entry| entry.interface_name == interface)
         .find_map(|entry| entry.address?.as_link_addr().copied())
-        .unwrap();
+        .unwrap()
+}
+
+/// A packet socket on an interface, protocol ETH_P_ALL.
+pub fn packet_socket(interface: &str) -> OwnedFd {
+    let address = link_address(interface);
     let fd = socket(
         AddressFamily::Packet,
         SockType::Raw,

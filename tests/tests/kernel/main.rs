@@ -3,8 +3,10 @@
 //! Each test has a network namespace of its own: that of its thread, gone with it.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod ack_gate;
 mod attach;
 mod frames;
 mod host;
+mod mirror;
 mod netif;
 mod verdicts;

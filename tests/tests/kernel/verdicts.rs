@@ -182,7 +182,8 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
                     } else {
                         Direction::ToVip
                     };
-                    assert_eq!(header.direction, direction as u32, "{name}");
+                    assert_eq!(header.direction, direction as u16, "{name}");
+                    assert_eq!(header.state, state as u16, "{name}");
                     let l3_offset = if name.starts_with("priority tag") {
                         18
                     } else {
@@ -293,8 +294,8 @@ const STOLEN: i32 = 4;
 fn gate(programs: &mut Programs, name: &str, frame: &[u8]) -> (i32, GateVerdict) {
     let counters = programs.counters().unwrap();
     let before = counters.gate().unwrap();
-    let code = programs
-        .test_gate(frame)
+    let (code, output) = programs
+        .test_gate(frame, 0)
         .unwrap_or_else(|error| panic!("{name}: {error}"));
     let after = counters.gate().unwrap();
     let moved: Vec<GateVerdict> = GateVerdict::ALL
@@ -304,6 +305,7 @@ fn gate(programs: &mut Programs, name: &str, frame: &[u8]) -> (i32, GateVerdict)
     let [verdict] = moved[..] else {
         panic!("{name}: counters moved: {moved:?}");
     };
+    assert_eq!(output, frame, "{name}: rewritten without an ACK gate");
     (code, verdict)
 }
 

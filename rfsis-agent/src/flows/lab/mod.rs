@@ -30,10 +30,12 @@ use crate::segment::{Segment, flow_key, parse};
 use crate::wire::{emit_packet, instant};
 
 mod app;
+mod gate;
 mod stack;
 mod world;
 
 pub use app::*;
+pub use gate::*;
 pub use stack::*;
 pub use world::*;
 
@@ -82,6 +84,8 @@ pub fn config() -> FlowsConfig {
         max_bytes: 256 << 20,
         idle_timeout: 3600 * SECOND,
         mtu: MTU,
+        guarded: false,
+        copied: false,
     }
 }
 
@@ -148,6 +152,8 @@ pub struct Lab {
     pub told: Vec<FlowKey>,
     /// What an active of another mind runs.
     pub other_mind: Option<HandlerKind>,
+    /// With `protect: sync`, until the active dies.
+    pub gate: Option<Gate>,
 }
 
 /// [`Direction`], ordered so that it can be in a heap.
@@ -196,6 +202,7 @@ impl Lab {
             lose_at_client: false,
             told: vec![],
             other_mind: None,
+            gate: None,
         }
     }
 
@@ -294,17 +301,20 @@ impl Lab {
                         tracks.insert(flow, Track::of_syn(&segment));
                     }
                 }
-                if !self.taken_over || self.world.live.contains(&flow) {
-                    self.tap(packet, direction.into());
-                } else {
+                if segment.syn {
+                    self.syn_arrives(packet);
+                }
+                if self.taken_over && !self.world.live.contains(&flow) {
                     self.heir.receive(packet);
+                } else if self.taken_over || self.is_copied(packet, direction.into()) {
+                    self.tap(packet, direction.into());
                 }
                 if let Some(active) = &mut self.active {
                     active.receive(packet);
                 }
             }
             Direction2::FromVip => {
-                if !self.taken_over {
+                if !self.taken_over && self.is_copied(packet, direction.into()) {
                     self.tap(packet, direction.into());
                 }
                 if self.lose_at_client {
@@ -366,6 +376,7 @@ impl Lab {
         self.flows
             .process_frame(packet, direction, self.now, &mut self.world);
         self.collect();
+        self.confirm();
     }
 
     fn collect(&mut self) {
@@ -383,6 +394,7 @@ impl Lab {
             at = at.min(active.poll_at(now));
         }
         at = at.min(self.flows.next_wakeup().max(now));
+        at = at.min(self.gate_wakeup().max(now));
         for conn in &self.conns {
             at = at.min(conn.wakes_at(now));
         }
@@ -396,6 +408,7 @@ impl Lab {
             self.arrive(&packet, direction);
         }
         self.run_hosts();
+        self.run_gate();
         if self.now >= self.flows.next_wakeup() {
             self.flows.poll(self.now, &mut self.world);
             self.collect();
@@ -416,7 +429,7 @@ impl Lab {
                 }
                 let sent = active.poll(self.now);
                 for packet in sent {
-                    self.post(packet, Direction2::FromVip);
+                    self.leave_active(packet);
                 }
             }
         }
@@ -468,6 +481,7 @@ impl Lab {
     /// The active falls silent; what it sent is still on its way.
     pub fn crash(&mut self) {
         self.active = None;
+        self.gate = None;
         self.servers.clear();
         // The service listens on the heir as well, for whoever connects anew.
         for conn in &self.conns {

@@ -7,6 +7,7 @@ use smoltcp::wire::{TcpControl, TcpRepr};
 use crate::wire::bare_repr;
 
 mod by_hand;
+mod guarded;
 mod histories;
 
 fn lab() -> Lab {

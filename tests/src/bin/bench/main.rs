@@ -5,27 +5,50 @@
 //! into the summary.
 
 mod blackout;
+mod bulk;
+mod capped;
+mod connections;
 mod idle;
+mod meter;
+mod plain;
 mod process;
+mod requests;
 mod settled;
+mod site;
 mod takeover;
+mod uncapped;
 mod upload;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use tests::report::Figure;
+
+/// Measures a subject, prints its tables, and returns its figures.
+type Measure = fn(usize) -> Result<Vec<Figure>>;
+
+/// What can be measured, by the name that `--only` knows.
+const SUBJECTS: [(&str, Measure); 8] = [
+    ("blackout", blackout::measure),
+    ("takeover", takeover::measure),
+    ("upload", upload::measure),
+    ("idle", idle::measure),
+    ("capped", capped::measure),
+    ("uncapped", uncapped::measure),
+    ("requests", requests::measure),
+    ("connections", connections::measure),
+];
 
 fn main() -> Result<()> {
-    let runs = runs_wanted()?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == [plain::ARGUMENT] {
+        return plain::serve();
+    }
+    let wanted = Wanted::parse(&arguments)?;
     // 10,000 clients, each with a descriptor.
     rfsis_agent::sys::raise_open_files().context("raising the limit of open files")?;
     println!("{}\n", machine()?);
     let mut figures = Vec::new();
-    for measure in [
-        blackout::measure,
-        takeover::measure,
-        upload::measure,
-        idle::measure,
-    ] {
-        figures.extend(measure(runs)?);
+    for (_, measure) in SUBJECTS.iter().filter(|(name, _)| wanted.includes(name)) {
+        figures.extend(measure(wanted.runs)?);
     }
     for figure in figures {
         println!("{figure}");
@@ -33,19 +56,44 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// `--runs N`
-fn runs_wanted() -> Result<usize> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match &*arguments {
-        [] => Ok(20),
-        [flag, number] if flag == "--runs" => {
-            let runs = number
-                .parse()
-                .with_context(|| format!("--runs: found {number:?}, expected a number"))?;
-            anyhow::ensure!(runs > 0, "--runs: found 0, expected 1 or more");
-            Ok(runs)
+/// `[--runs N] [--only NAME]`
+struct Wanted {
+    runs: usize,
+    only: Option<String>,
+}
+
+impl Wanted {
+    fn parse(arguments: &[String]) -> Result<Self> {
+        let mut wanted = Self {
+            runs: 20,
+            only: None,
+        };
+        let mut rest = arguments.iter();
+        while let Some(flag) = rest.next() {
+            match (&**flag, rest.next()) {
+                ("--runs", Some(number)) => {
+                    wanted.runs = number
+                        .parse()
+                        .with_context(|| format!("--runs: found {number:?}, expected a number"))?;
+                    ensure!(wanted.runs > 0, "--runs: found 0, expected 1 or more");
+                }
+                ("--only", Some(name)) => {
+                    let names = SUBJECTS.map(|(name, _)| name);
+                    ensure!(
+                        names.contains(&&**name),
+                        "--only: found {name:?}, expected one of {}",
+                        names.join(", ")
+                    );
+                    wanted.only = Some(name.clone());
+                }
+                _ => anyhow::bail!("usage: bench [--runs N] [--only NAME]"),
+            }
         }
-        _ => anyhow::bail!("usage: bench [--runs N]"),
+        Ok(wanted)
+    }
+
+    fn includes(&self, name: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| only == name)
     }
 }
 
@@ -62,8 +110,8 @@ fn machine() -> Result<String> {
     let load = read("/proc/loadavg")?;
     Ok(format!(
         "Linux {}, {} cores of {model}, agent built {}. Client, both nodes and the LAN (a flooding \
-         bridge of veths, MTU 1500) share the machine, and nothing is pinned; load average before: \
-         {}. Congestion control: {}.",
+         bridge of veths, MTU 1500) share the machine, and nothing is pinned unless said; load average \
+         before: {}. Congestion control: {}.",
         release.trim(),
         std::thread::available_parallelism()?,
         if cfg!(debug_assertions) {

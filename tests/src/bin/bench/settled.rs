@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use tests::{Agent, Host, Lab, Pair, Settings};
 
 /// How many runs may be void before the measurement is.
-const VOID_MOST: usize = 20;
+pub const VOID_MOST: usize = 20;
 
 /// Both agents started; the active is called primary, the standby backup, whichever they are.
 pub fn pair(lab: &Lab, settings: &Settings) -> Pair {

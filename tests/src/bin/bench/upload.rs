@@ -11,7 +11,7 @@ use tests::agent::port;
 use tests::client::connect;
 use tests::metrics::Metrics;
 use tests::patience::wait_until;
-use tests::report::{Figure, median, row, table};
+use tests::report::{Figure, median, range, row, table};
 use tests::{Agent, Host, Lab, Settings};
 
 use crate::process::{cpu_time, sleeps};
@@ -255,14 +255,6 @@ fn send_until(mut client: &TcpStream, end: Instant) -> Result<u64> {
         bytes += chunk.len() as u64;
     }
     Ok(bytes)
-}
-
-/// `median (least–greatest)`
-fn range(values: &[f64], unit: &str) -> String {
-    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let median = median(values);
-    format!("{median:.2} ({least:.2}–{greatest:.2}){unit}")
 }
 
 /// `ok 1234, from_active 567`, of all uploads together.

@@ -1,0 +1,384 @@
+//! `protect: sync`: the active's ACK gate and its guard, and the sync channel to the standby.
+//!
+//! The gate's maps are a model; what decides is [`rfsis_common::ack_gate`], as in the kernel.
+
+use rfsis_common::ack_gate::{
+    AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide, note_release,
+};
+use rfsis_common::frame::tcp_flags;
+
+use super::*;
+use crate::guard::{Guard, GuardConfig, GuardEffects};
+use crate::sync::Record;
+
+const SLOTS: usize = 64;
+
+/// The gate's maps, and what the guard sends past it.
+#[derive(Debug, Default)]
+pub struct Maps {
+    guarding: bool,
+    guarded: HashMap<FlowKey, Guarded>,
+    confirmed: Vec<Confirmation>,
+    sent: Vec<Sent>,
+    now: Nanos,
+    released: Vec<Vec<u8>>,
+}
+
+impl GuardEffects for Maps {
+    fn set_guarding(&mut self, on: bool) {
+        self.guarding = on;
+    }
+
+    fn start(&mut self, slot: u32, sent: Sent) -> bool {
+        self.sent[slot as usize] = sent;
+        true
+    }
+
+    fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool {
+        self.guarded.insert(flow, guarded);
+        true
+    }
+
+    fn withdraw(&mut self, flow: FlowKey) {
+        self.guarded.remove(&flow);
+    }
+
+    fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
+        self.confirmed[slot as usize] = confirmation;
+        true
+    }
+
+    fn sent(&mut self, slot: u32) -> Option<Sent> {
+        Some(self.sent[slot as usize])
+    }
+
+    fn send(&mut self, packet: &[u8]) {
+        let (flow, segment) = parse(packet, Direction::FromVip).expect("a sound packet");
+        if let Some(guarded) = self.guarded.get(&flow)
+            && !segment.syn
+        {
+            let sent = &mut self.sent[guarded.slot as usize];
+            note_release(&outgoing(&segment), sent, guarded.shift);
+            sent.at_ns = self.now;
+        }
+        self.released.push(packet.to_vec());
+    }
+}
+
+/// A datagram of the sync channel: when it arrives, for whom, whether an answer is wanted, what it says.
+#[derive(Debug)]
+struct Datagram {
+    at: Nanos,
+    to_standby: bool,
+    ping: bool,
+    records: Vec<Record>,
+}
+
+/// The active's gate with its guard.
+#[derive(Debug)]
+pub struct Gate {
+    pub guard: Guard,
+    pub maps: Maps,
+    channel: VecDeque<Datagram>,
+    /// Held, lowered, passed.
+    pub verdicts: [usize; 3],
+    /// Datagrams of the sync channel that are lost, per mille.
+    pub sync_loss: u64,
+    pub silent_standby: bool,
+}
+
+impl Gate {
+    pub fn new(now: Nanos) -> Self {
+        let mut guard = Guard::new(GuardConfig {
+            vip: VIP,
+            timeout: 30 * MS,
+            max_flows: SLOTS,
+            idle_timeout: 3600 * SECOND,
+        });
+        guard.go_active(now);
+        Self {
+            guard,
+            maps: Maps {
+                confirmed: vec![Confirmation::default(); SLOTS],
+                sent: vec![Sent::default(); SLOTS],
+                now,
+                ..Maps::default()
+            },
+            channel: VecDeque::new(),
+            verdicts: [0; 3],
+            sync_loss: 0,
+            silent_standby: false,
+        }
+    }
+
+    /// What becomes of a packet that the active's kernel sends.
+    fn leave(&mut self, packet: &[u8]) -> Option<Vec<u8>> {
+        let (flow, segment) = parse(packet, Direction::FromVip).unwrap();
+        let known = self.maps.guarded.get(&flow).copied();
+        if segment.syn {
+            let this = known.is_some_and(|g| segment.ack == Some(g.client_isn.wrapping_add(1)));
+            if this {
+                return Some(packet.to_vec());
+            }
+            let kind = if self.maps.guarding {
+                OpeningKind::Held
+            } else {
+                OpeningKind::Passed
+            };
+            let now = self.maps.now;
+            self.guard
+                .process_opening(packet, kind, now, &mut self.maps);
+            return (kind == OpeningKind::Passed).then(|| packet.to_vec());
+        }
+        let Some(guarded) = known else {
+            return Some(packet.to_vec());
+        };
+        let slot = guarded.slot as usize;
+        let confirmation = if self.maps.guarding {
+            self.maps.confirmed[slot]
+        } else {
+            Confirmation::OPEN
+        };
+        let sent = &mut self.maps.sent[slot];
+        let now = self.maps.now;
+        sent.at_ns = now;
+        let decision = ack_decide(&outgoing(&segment), sent, confirmation, guarded.shift);
+        match decision.verdict {
+            AckVerdict::Held => {
+                self.verdicts[0] += 1;
+                return None;
+            }
+            AckVerdict::Lowered => self.verdicts[1] += 1,
+            AckVerdict::Passed => self.verdicts[2] += 1,
+        }
+        Some(rewrite(packet, |repr| {
+            repr.ack_number = repr.ack_number.map(|_| seq(decision.ack));
+            repr.window_len = decision.window;
+            if self.maps.guarding {
+                repr.sack_ranges = [None; 3];
+            }
+        }))
+    }
+
+    /// Whether the standby may have a copy of what a client sent.
+    fn copies(&self, packet: &[u8]) -> bool {
+        let (flow, segment) = parse(packet, Direction::ToVip).unwrap();
+        match (self.maps.guarded.get(&flow), segment.ack) {
+            (Some(guarded), Some(ack)) => !before(self.maps.sent[guarded.slot as usize].next, ack),
+            _ => true,
+        }
+    }
+
+    fn next_wakeup(&self) -> Nanos {
+        let channel = self.channel.iter().map(|d| d.at).min();
+        self.guard.next_wakeup().min(channel.unwrap_or(Nanos::MAX))
+    }
+}
+
+fn outgoing(segment: &Segment<'_>) -> Outgoing {
+    let flag = |set, bit| if set { bit } else { 0 };
+    let (tsval, tsecr) = segment.options.timestamp.unwrap_or((0, 0));
+    Outgoing {
+        flags: flag(segment.syn, tcp_flags::SYN)
+            | flag(segment.fin, tcp_flags::FIN)
+            | flag(segment.rst, tcp_flags::RST)
+            | flag(segment.ack.is_some(), tcp_flags::ACK),
+        seq: segment.seq,
+        ack: segment.ack.unwrap_or(0),
+        window: segment.window,
+        payload: segment.payload.len() as u32,
+        has_timestamp: segment.options.timestamp.is_some(),
+        tsval,
+        tsecr,
+    }
+}
+
+impl Lab {
+    /// A lab whose active guards its flows, with a tap that shows handshakes only of what it sends.
+    pub fn guarded(seed: u64) -> Self {
+        let config = FlowsConfig {
+            guarded: true,
+            copied: true,
+            ..config()
+        };
+        let mut lab = Self::with_config(seed, config);
+        lab.gate = Some(Gate::new(lab.now));
+        // The first pings find the standby.
+        lab.run_for(10 * MS);
+        assert!(
+            lab.gate
+                .as_ref()
+                .is_some_and(|gate| gate.guard.is_guarding())
+        );
+        lab
+    }
+
+    /// The standby's agent is another one from now on.
+    pub fn restart_standby(&mut self) {
+        let now = self.now;
+        let config = FlowsConfig {
+            guarded: true,
+            copied: true,
+            ..config()
+        };
+        self.flows = Flows::new(config).unwrap();
+        self.world.live.clear();
+        if let Some(gate) = &mut self.gate {
+            gate.maps.now = now;
+            gate.channel.clear();
+            gate.guard.peer_changed(&mut gate.maps);
+        }
+        self.run_gate();
+    }
+
+    /// What the active's kernel sends goes through its gate.
+    pub(super) fn leave_active(&mut self, packet: Vec<u8>) {
+        let now = self.now;
+        let Some(gate) = &mut self.gate else {
+            return self.post(packet, Direction2::FromVip);
+        };
+        gate.maps.now = now;
+        if let Some(packet) = gate.leave(&packet) {
+            self.check_told(&packet);
+            self.post(packet, Direction2::FromVip);
+        }
+        self.run_gate();
+    }
+
+    /// The promise: no client is told of a byte that the standby does not hold.
+    fn check_told(&self, packet: &[u8]) {
+        let (flow, segment) = parse(packet, Direction::FromVip).unwrap();
+        let gate = self.gate.as_ref().unwrap();
+        let (Some(track), Some(ack)) = (self.world.tracks.get(&flow), segment.ack) else {
+            return;
+        };
+        if segment.rst || !gate.guard.guards(flow) {
+            return;
+        }
+        let held = track.shown + u64::from(track.fin.is_some_and(|fin| fin <= track.shown));
+        let told = distance(track.client_isn.wrapping_add(1), ack);
+        assert!(
+            i64::from(told) <= held as i64,
+            "the client is told of {told} bytes, the standby holds {held}"
+        );
+    }
+
+    /// A client's SYN reaches the active.
+    pub(super) fn syn_arrives(&mut self, packet: &[u8]) {
+        let now = self.now;
+        if let Some(gate) = &mut self.gate {
+            gate.guard
+                .process_opening(packet, OpeningKind::Syn, now, &mut gate.maps);
+        }
+    }
+
+    pub(super) fn is_copied(&self, packet: &[u8], direction: Direction) -> bool {
+        match (&self.gate, direction) {
+            (None, _) => true,
+            (Some(gate), Direction::ToVip) => gate.copies(packet),
+            (Some(gate), Direction::FromVip) => {
+                let (flow, segment) = parse(packet, direction).unwrap();
+                let bounds = segment.syn || segment.fin || segment.rst;
+                bounds || !gate.maps.guarded.contains_key(&flow)
+            }
+        }
+    }
+
+    pub(super) fn gate_wakeup(&self) -> Nanos {
+        self.gate.as_ref().map_or(Nanos::MAX, Gate::next_wakeup)
+    }
+
+    /// The standby confirms what it has got.
+    pub(super) fn confirm(&mut self) {
+        let mut records = vec![];
+        self.flows.take_confirmations(|record| records.push(record));
+        if !records.is_empty() {
+            self.send_datagram(false, false, records);
+        }
+    }
+
+    fn send_datagram(&mut self, to_standby: bool, ping: bool, records: Vec<Record>) {
+        let at = self.now + 20_000 + self.rng.below(self.faults.jitter + 1);
+        let Some(gate) = &mut self.gate else {
+            return;
+        };
+        if gate.silent_standby || self.rng.happens(gate.sync_loss) {
+            return;
+        }
+        gate.channel.push_back(Datagram {
+            at,
+            to_standby,
+            ping,
+            records,
+        });
+    }
+
+    /// Guard and channel do what is due.
+    pub(super) fn run_gate(&mut self) {
+        let now = self.now;
+        loop {
+            let Some(gate) = &mut self.gate else {
+                return;
+            };
+            gate.maps.now = now;
+            if now >= gate.guard.next_wakeup() {
+                gate.guard.poll(now, &mut gate.maps);
+            }
+            let mut records = vec![];
+            let ping = gate.guard.take_records(&mut records);
+            let released = std::mem::take(&mut gate.maps.released);
+            let due = gate.channel.iter().position(|d| d.at <= now);
+            let datagram = due.and_then(|at| gate.channel.remove(at));
+            for packet in released {
+                self.check_told(&packet);
+                self.post(packet, Direction2::FromVip);
+            }
+            if ping || !records.is_empty() {
+                self.send_datagram(true, ping, records);
+            }
+            match datagram {
+                None => return,
+                Some(datagram) if datagram.to_standby => {
+                    for record in &datagram.records {
+                        self.standby_hears(record);
+                    }
+                    self.confirm();
+                    if datagram.ping {
+                        self.send_datagram(false, false, vec![]);
+                    }
+                }
+                Some(datagram) => {
+                    let Some(gate) = &mut self.gate else {
+                        return;
+                    };
+                    gate.guard.heard(now, &mut gate.maps);
+                    for record in &datagram.records {
+                        gate.guard.process_record(record, now, &mut gate.maps);
+                    }
+                }
+            }
+        }
+    }
+
+    fn standby_hears(&mut self, record: &Record) {
+        let now = self.now;
+        let refused = match *record {
+            Record::Open(open) if !self.flows.process_open(&open, now, &mut self.world) => {
+                Some((open.flow, open.client_isn))
+            }
+            Record::Told {
+                flow,
+                client_isn,
+                ack,
+            } if !self.flows.process_told(flow, client_isn, ack) => Some((flow, client_isn)),
+            Record::Close { flow, client_isn } => {
+                self.flows.process_close(flow, client_isn, &mut self.world);
+                None
+            }
+            _ => None,
+        };
+        if let Some((flow, client_isn)) = refused {
+            self.send_datagram(false, false, vec![Record::Refuse { flow, client_isn }]);
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! `protect: sync`: no byte of which a client was told is lost with the active, whatever gets lost on the
+//! way to the standby.
+
+use super::*;
+
+/// Runs `plan` with copies and datagrams lost, kills the active half-way, and goes on to the end.
+fn survives_loss(seed: u64, plan: Plan, tweaks: Tweaks, tap_loss: u64, sync_loss: u64) -> Lab {
+    let mut lab = Lab::guarded(seed);
+    lab.faults.tap_loss = tap_loss;
+    lab.gate.as_mut().unwrap().sync_loss = sync_loss;
+    let conn = lab.connect(plan, tweaks);
+    let (half_sent, half_got) = (plan.upload / 2, plan.want / 2);
+    assert!(
+        lab.run_until(900 * SECOND, |lab| lab.conns[conn].sent >= half_sent
+            && lab.conns[conn].got >= half_got),
+        "stuck before the crash: {:?} {:?}",
+        lab.conns[conn],
+        lab.gate
+    );
+    let report = lab.fail_over(30 * MS);
+    assert_eq!((report.live, report.resets.len()), (1, 0), "{report:?}");
+    lab.finish();
+    lab
+}
+
+#[test]
+fn without_loss_everything_is_guarded_and_nothing_is_repeated() {
+    let mut lab = Lab::guarded(1);
+    let conn = lab.connect(Plan::echo(300_000), Tweaks::default());
+    assert!(lab.run_until(60 * SECOND, |lab| lab.conns[conn].got >= 100_000));
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.exposed, census.refused), (1, 0, 0));
+    lab.fail_over(30 * MS);
+    lab.finish();
+}
+
+#[test]
+fn lost_copies_are_repaired_by_the_client() {
+    for (seed, loss) in [(1, 10), (2, 50), (3, 200), (4, 200)] {
+        for plan in [
+            Plan::echo(200_000),
+            Plan::discard(300_000),
+            Plan::chargen(200_000),
+        ] {
+            survives_loss(seed, plan, Tweaks::default(), loss, 0);
+        }
+    }
+}
+
+#[test]
+fn lost_confirmations_are_repaired_by_the_next() {
+    for (seed, loss) in [(1, 10), (2, 50), (3, 200), (4, 200)] {
+        for plan in [Plan::echo(200_000), Plan::discard(300_000)] {
+            survives_loss(seed, plan, Tweaks::default(), 0, loss);
+        }
+    }
+}
+
+#[test]
+fn both_at_once_and_without_options() {
+    let plain = Tweaks {
+        timestamps: false,
+        window_scale: false,
+        sack: false,
+        ..Tweaks::default()
+    };
+    for seed in 0..6 {
+        for tweaks in [plain, Tweaks::default()] {
+            survives_loss(seed, Plan::echo(100_000), tweaks, 100, 100);
+        }
+    }
+}
+
+/// Whatever happens, and whenever the active dies: exact, and nobody is reset.
+#[test]
+fn every_guarded_history_ends_exact() {
+    let seeds = match std::env::var("RFSIS_SEED") {
+        Ok(seed) => {
+            let seed = seed.parse().unwrap();
+            seed..seed + 1
+        }
+        Err(_) => 0..histories::count(HISTORIES),
+    };
+    for seed in seeds {
+        history(seed);
+    }
+}
+
+const HISTORIES: u64 = 300;
+
+fn history(seed: u64) {
+    let _named = histories::Named(seed);
+    let mut rng = Rng(seed ^ 0x5a5a);
+    let mut lab = Lab::guarded(seed);
+    let rough = [0, 20, 200][rng.below(3) as usize];
+    let lossy = [1, 5, 30][rng.below(3) as usize];
+    lab.faults = Faults {
+        loss: rng.below(lossy),
+        duplicates: rng.below(20),
+        jitter: rng.below(3) * rng.below(MS),
+        tap_loss: rng.below(rough + 1),
+        tap_swaps: rng.below(100),
+    };
+    lab.gate.as_mut().unwrap().sync_loss = rng.below(rough + 1);
+    for _ in 0..=rng.below(4) {
+        let size = 1 << rng.below(17);
+        let plan = match rng.below(4) {
+            0 => Plan::echo(size),
+            1 => Plan::echo(size).half_close(),
+            2 => Plan::chargen(size),
+            _ => Plan::discard(size),
+        };
+        let plan = match rng.below(3) {
+            0 => plan.slow(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
+            1 => plan.typed(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
+            _ => plan,
+        };
+        let mut wrapping = || match rng.below(3) {
+            0 => Some((rng.below(1 << 18) as u32).wrapping_neg()),
+            1 => Some(rng.next() as u32),
+            _ => None,
+        };
+        let tweaks = Tweaks {
+            client_isn: wrapping(),
+            active_isn: wrapping(),
+            timestamps: rng.below(2) == 0,
+            window_scale: rng.below(2) == 0,
+            sack: rng.below(2) == 0,
+            client_buffer: 2048 << rng.below(9),
+            active_buffer: 4096 << rng.below(7),
+        };
+        lab.connect(plan, tweaks);
+    }
+    let latest = [60, 600, 6000][rng.below(3) as usize];
+    let crash_at = lab.events + rng.below(latest);
+    lab.run_until(60 * SECOND, |lab| lab.events >= crash_at);
+    let report = lab.fail_over((10 + rng.below(90)) * MS);
+    lab.settle();
+    for conn in &lab.conns {
+        assert!(!conn.reset, "{conn:?} was reset: {report:?}");
+    }
+}
+
+#[test]
+fn a_silent_standby_opens_the_gate_and_its_return_guards_again() {
+    let mut lab = Lab::guarded(5);
+    let conn = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+    assert!(lab.run_until(60 * SECOND, |lab| lab.conns[conn].got >= 100_000));
+    lab.gate.as_mut().unwrap().silent_standby = true;
+    lab.run_for(40 * MS);
+    let guard = &lab.gate.as_ref().unwrap().guard;
+    assert!(!guard.is_guarding());
+    assert_eq!(guard.census().exposed, 1);
+    let before = lab.conns[conn].got;
+    assert!(
+        lab.run_until(5 * SECOND, |lab| lab.conns[conn].got >= before + 200_000),
+        "the client waits for a standby that is silent:"
+    );
+    // All copies came: it has only not said so.
+    lab.gate.as_mut().unwrap().silent_standby = false;
+    assert!(lab.run_until(SECOND, |lab| {
+        lab.gate.as_ref().unwrap().guard.census().guarded == 1
+    }));
+    let report = lab.fail_over(30 * MS);
+    assert_eq!((report.live, report.resets.len()), (1, 0));
+    lab.finish();
+}
+
+/// What the client was told while nobody guarded is not on the standby, and never will be.
+#[test]
+fn a_flow_that_lost_copies_while_the_gate_was_open_is_reset_and_no_protection_is_claimed() {
+    let mut lab = Lab::guarded(6);
+    let conn = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+    assert!(lab.run_until(60 * SECOND, |lab| lab.conns[conn].got >= 100_000));
+    lab.gate.as_mut().unwrap().silent_standby = true;
+    lab.faults.tap_loss = 1000;
+    let before = lab.conns[conn].got;
+    assert!(lab.run_until(5 * SECOND, |lab| lab.conns[conn].got >= before + 200_000));
+    lab.gate.as_mut().unwrap().silent_standby = false;
+    lab.faults.tap_loss = 0;
+    lab.run_for(200 * MS);
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.exposed), (0, 1));
+    assert_eq!(lab.flows.census().lagging, 1);
+    let before = lab.conns[conn].got;
+    assert!(lab.run_until(5 * SECOND, |lab| lab.conns[conn].got >= before + 100_000));
+    let report = lab.fail_over(30 * MS);
+    assert_eq!((report.live, report.resets.len()), (0, 1));
+    lab.settle();
+    assert!(lab.conns[conn].reset);
+}
+
+/// Opened while nobody guarded: it goes on undisturbed, and is guarded once the standby has said that it
+/// holds all that the client was told.
+#[test]
+fn a_flow_opened_while_the_standby_is_silent_is_guarded_once_that_has_caught_up() {
+    for tap_loss in [0, 50] {
+        let mut lab = Lab::guarded(7);
+        lab.gate.as_mut().unwrap().silent_standby = true;
+        lab.run_for(50 * MS);
+        lab.faults.tap_loss = tap_loss;
+        let conn = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 200_000));
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!((census.guarded, census.exposed), (0, 1));
+        assert_eq!(lab.flows.census().lockstep, 0);
+        lab.faults.tap_loss = 0;
+        lab.gate.as_mut().unwrap().silent_standby = false;
+        lab.run_for(50 * MS);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        let holds_all = usize::from(tap_loss == 0);
+        assert_eq!((census.guarded, census.exposed), (holds_all, 1 - holds_all));
+        let report = lab.fail_over(30 * MS);
+        assert_eq!(
+            (report.live, report.resets.len()),
+            (holds_all, 1 - holds_all)
+        );
+        lab.settle();
+    }
+}
+
+/// A handshake that is never completed holds no slot for good, and no flow of the standby's.
+#[test]
+fn half_open_handshakes_are_forgotten_on_both_nodes() {
+    for sync_loss in [0, 1000] {
+        let mut lab = Lab::guarded(8);
+        lab.lose = Box::new(|segment, direction| {
+            direction == Direction::ToVip && segment.ack.is_some() && !segment.syn
+        });
+        lab.connect(Plan::echo(10), Tweaks::default());
+        lab.run_for(100 * MS);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!(census.guarded, 1);
+        lab.run_for(120 * SECOND);
+        // The word of it is lost: then it is asked for.
+        lab.gate.as_mut().unwrap().sync_loss = sync_loss;
+        lab.run_for(20 * SECOND);
+        assert!(lab.flows.openings.is_empty());
+        lab.gate.as_mut().unwrap().sync_loss = 0;
+        lab.run_for(210 * SECOND);
+        let census = lab.gate.as_ref().unwrap().guard.census();
+        assert_eq!((census.guarded, census.exposed, census.opening), (0, 0, 0));
+    }
+}
+
+/// An idle connection is asked for now and then, and stays what it is.
+#[test]
+fn an_idle_flow_stays_guarded() {
+    let mut lab = Lab::guarded(9);
+    let conn = lab.connect(Plan::echo(200).typed(100, 1000 * SECOND), Tweaks::default());
+    lab.run_for(900 * SECOND);
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.refused), (1, 0));
+    assert_eq!(lab.conns[conn].got, 100);
+    lab.fail_over(30 * MS);
+    lab.run_for(300 * SECOND);
+    assert_eq!(lab.conns[conn].got, 200);
+}
+
+/// Its agent was started anew: what ran before goes on unprotected, what comes is guarded.
+#[test]
+fn a_restarted_standby_knows_no_flow_and_learns_the_new_ones() {
+    let mut lab = Lab::guarded(10);
+    let old = lab.connect(Plan::echo(2_000_000).typed(2_000, MS), Tweaks::default());
+    assert!(lab.run_until(SECOND, |lab| lab.conns[old].got >= 20_000));
+    lab.restart_standby();
+    lab.run_for(50 * MS);
+    let new = lab.connect(Plan::echo(50_000).typed(100, MS), Tweaks::default());
+    assert!(lab.run_until(SECOND, |lab| lab.conns[new].got >= 5_000));
+    let census = lab.gate.as_ref().unwrap().guard.census();
+    assert_eq!((census.guarded, census.exposed), (1, 0));
+    let before = lab.conns[old].got;
+    assert!(lab.run_until(SECOND, |lab| lab.conns[old].got >= before + 20_000));
+    let report = lab.fail_over(30 * MS);
+    assert_eq!(report.live, 1);
+    assert_eq!(report.resets, [(ResetReason::Unprotected, 1)]);
+    lab.settle();
+    assert!(lab.conns[old].reset && !lab.conns[new].reset);
+}
+
+/// The client has got more of the active's answers than a shadow's send buffer holds, and the standby lacks
+/// what they answer.
+#[test]
+fn a_client_that_is_far_ahead_of_the_standby_is_caught_up_with() {
+    for sack in [true, false] {
+        let tweaks = Tweaks {
+            client_buffer: 1 << 20,
+            active_buffer: 1 << 20,
+            sack,
+            ..Tweaks::default()
+        };
+        let mut lab = Lab::guarded(11);
+        let conn = lab.connect(Plan::echo(3_000_000), tweaks);
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 500_000));
+        lab.faults.tap_loss = 1000;
+        let before = lab.conns[conn].got;
+        lab.run_for(20 * MS);
+        assert!(lab.conns[conn].got > before + 200_000, "not far ahead");
+        let report = lab.fail_over(30 * MS);
+        assert_eq!((report.live, report.resets.len()), (1, 0));
+        lab.faults.tap_loss = 0;
+        lab.finish();
+    }
+}

@@ -1,0 +1,902 @@
+//! The active's half of `protect: sync`: which flows the ACK gate guards, and what it may let them say.
+//!
+//! Sans-IO: [`Guard`] takes openings that the gate reports, records of the standby and the time, and acts
+//! through [`GuardEffects`]. What it has to tell the standby is fetched by [`Guard::take_records`].
+//!
+//! ```text
+//!  SYN-ACK held ──► OPENING ──(standby confirms)──► GUARDED ◄──────────────┐
+//!                      │  OPEN, repeated               │                   │ confirmed all that
+//!                      │                               │ standby silent    │ the client was told
+//!                      │ refused, or standby silent    ▼                   │
+//!                      └──────► let go              EXPOSED ───────────────┘
+//!                               (unprotected)       the gate passes all of it
+//! ```
+//!
+//! A release may race with the gate: it reads the confirmation, and holds an ACK just after this module
+//! has looked. So each flow is looked at once more, [`RECHECK`] later.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::Ipv4Addr;
+
+use rfsis_common::ack_gate::{
+    Confirmation, Guarded, OpeningKind, Release, Sent, release, sent_flags,
+};
+use rfsis_common::frame::tcp_flags;
+use rfsis_common::maps::{Direction, FlowKey};
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
+
+use crate::heartbeat::Nanos;
+use crate::lockstep::{before, later};
+use crate::segment::{self, Options, Segment};
+use crate::sync::{Confirm, Open, Record, Sack};
+use crate::wire::{bare_repr, emit_packet};
+
+const MS: Nanos = 1_000_000;
+const SECOND: Nanos = 1_000 * MS;
+
+/// A flow that was confirmed is looked at once more after this, ns.
+const RECHECK: Nanos = MS;
+
+/// An OPEN is repeated after this, and then ever more rarely up to the second, ns.
+const REPEAT: Nanos = 2 * MS;
+const REPEAT_MOST: Nanos = 64 * MS;
+
+/// A standby that answers, but does not confirm a flow for so long, has no use for it, ns.
+const OPENING_PATIENCE: Nanos = SECOND;
+
+/// SYNs remembered until they are answered; at the bound the oldest is forgotten.
+const MAX_SYNS: usize = 16_384;
+
+/// A flow is forgotten so long after the kernel sent an RST, or its FIN, ns. What the client still says
+/// is between it and the kernel.
+const RESET_LINGER: Nanos = 2 * SECOND;
+const FIN_LINGER: Nanos = 60 * SECOND;
+
+/// So many flows are looked at in each of these times, ns, whether they have ended: a look is two system
+/// calls, and clients wait meanwhile.
+const SWEEP_AT_ONCE: usize = 128;
+const SWEEP_PAUSE: Nanos = 20 * MS;
+
+/// Flows that are asked for at once.
+const ASK_AT_ONCE: usize = 256;
+const TELL_AT_ONCE: usize = 16;
+
+/// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
+/// handshake may never have been completed, and the standby's word of that may be lost, ns.
+const QUIET: Nanos = 200 * SECOND;
+
+/// Bounds and surroundings.
+#[derive(Clone, Copy, Debug)]
+pub struct GuardConfig {
+    /// The virtual IP.
+    pub vip: Ipv4Addr,
+    /// A standby that was not heard for so long protects nothing, ns.
+    pub timeout: Nanos,
+    /// Flows at the most: slots of the gate's maps.
+    pub max_flows: usize,
+    /// A flow that is silent for so long is forgotten, as its shadow is, ns.
+    pub idle_timeout: Nanos,
+}
+
+/// What the guard does to the world.
+pub trait GuardEffects {
+    /// Opens or closes the gate for what the standby has not confirmed.
+    fn set_guarding(&mut self, on: bool);
+    /// Starts a slot anew. Before the flow that gets it is published.
+    fn start(&mut self, slot: u32, sent: Sent) -> bool;
+    /// Tells the gate of a flow; false if there is no room.
+    fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool;
+    /// Takes a flow from the gate.
+    fn withdraw(&mut self, flow: FlowKey);
+    /// Writes what the standby holds.
+    fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool;
+    /// Reads what was sent; `None` while it is being written.
+    fn sent(&mut self, slot: u32) -> Option<Sent>;
+    /// Sends an IPv4 packet past the ACK gate.
+    fn send(&mut self, packet: &[u8]);
+}
+
+/// How well what passes the gate is protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// A standby answers: what it has not confirmed is held.
+    Guarding,
+    /// The standby was silent for the time given, ns; the gate is open.
+    Degraded {
+        /// Flows that were guarded and are exposed now.
+        exposed: usize,
+    },
+    /// The standby's agent is another: what the old one held is lost.
+    StandbyForgot {
+        /// Flows that are unprotected now.
+        flows: usize,
+    },
+}
+
+/// Flows by how they are protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardCensus {
+    /// Their SYN-ACK is held.
+    pub opening: usize,
+    /// Every byte that the client was told of is on the standby.
+    pub guarded: usize,
+    /// Perhaps not.
+    pub exposed: usize,
+    /// Let go since the start because the standby did not take them.
+    pub refused: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Syn {
+    isn: u32,
+    window: u16,
+    options: Options,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Opening {
+        open: Box<Open>,
+        /// The SYN-ACK.
+        answer: Vec<u8>,
+        since: Nanos,
+        pause: Nanos,
+    },
+    Guarded,
+    Exposed,
+}
+
+#[derive(Debug)]
+struct Flow {
+    slot: u32,
+    client_isn: u32,
+    active_isn: u32,
+    shift: u8,
+    sack_permitted: bool,
+    phase: Phase,
+    confirmation: Confirmation,
+    recheck: bool,
+    /// When the standby was heard of it, or asked for it.
+    known_at: Nanos,
+}
+
+impl Flow {
+    fn new(slot: u32, open: &Open, phase: Phase, now: Nanos) -> Self {
+        let scaled = open.client.window_scale.is_some();
+        Self {
+            slot,
+            client_isn: open.client_isn,
+            active_isn: open.active_isn,
+            // Counts only where both announced it (RFC 7323 section 2.2).
+            shift: open.active.window_scale.filter(|_| scaled).unwrap_or(0),
+            sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
+            phase,
+            confirmation: Confirmation::default(),
+            recheck: false,
+            known_at: now,
+        }
+    }
+
+    fn guarded(&self) -> Guarded {
+        Guarded {
+            slot: self.slot,
+            client_isn: self.client_isn,
+            shift: u32::from(self.shift),
+        }
+    }
+}
+
+/// Guards the flows of an active node.
+#[derive(Debug)]
+pub struct Guard {
+    config: GuardConfig,
+    active: bool,
+    guarding: bool,
+    heard_at: Option<Nanos>,
+    next_tick: Nanos,
+    next_sweep: Nanos,
+    /// Flows that are still to be looked at in this round.
+    to_sweep: Vec<FlowKey>,
+    ping: bool,
+    /// When the first ping was sent that is not answered yet.
+    pinged_at: Nanos,
+    syns: HashMap<FlowKey, Syn>,
+    syn_order: VecDeque<(FlowKey, u32)>,
+    flows: HashMap<FlowKey, Flow>,
+    /// Slots that no flow has, longest free first: a segment on its way through the gate may still write
+    /// to one that was just freed.
+    free: VecDeque<u32>,
+    /// Openings to be repeated.
+    repeats: BTreeSet<(Nanos, FlowKey)>,
+    rechecks: VecDeque<(Nanos, FlowKey)>,
+    /// Exposed flows that the standby is still to be asked for.
+    to_ask: Vec<FlowKey>,
+    records: Vec<Record>,
+    facts: Vec<Fact>,
+    refused: u64,
+}
+
+impl Guard {
+    /// Of a node that is standby; the gate's maps are empty.
+    pub fn new(config: GuardConfig) -> Self {
+        Self {
+            config,
+            active: false,
+            guarding: false,
+            heard_at: None,
+            next_tick: 0,
+            next_sweep: 0,
+            to_sweep: Vec::new(),
+            ping: false,
+            pinged_at: 0,
+            syns: HashMap::new(),
+            syn_order: VecDeque::new(),
+            flows: HashMap::new(),
+            free: (0..config.max_flows as u32).collect(),
+            repeats: BTreeSet::new(),
+            rechecks: VecDeque::new(),
+            to_ask: Vec::new(),
+            records: Vec::new(),
+            facts: Vec::new(),
+            refused: 0,
+        }
+    }
+
+    /// The node is active now: it asks for a standby.
+    pub fn go_active(&mut self, now: Nanos) {
+        self.active = true;
+        self.next_tick = now;
+        self.next_sweep = now + SECOND;
+    }
+
+    /// The node is not active any more: nothing of what it guarded is its own.
+    pub fn go_standby(&mut self, fx: &mut impl GuardEffects) {
+        self.active = false;
+        self.heard_at = None;
+        self.set_guarding(false, fx);
+        self.forget_all(fx);
+        self.records.clear();
+    }
+
+    /// Whether every byte of which this flow's client is told is on the standby.
+    pub fn guards(&self, flow: FlowKey) -> bool {
+        let phase = self.flows.get(&flow).map(|flow| &flow.phase);
+        self.guarding && matches!(phase, Some(Phase::Guarded))
+    }
+
+    /// Whether the gate holds what the standby has not confirmed.
+    pub fn is_guarding(&self) -> bool {
+        self.guarding
+    }
+
+    /// The standby's agent is another one than before: it knows no flow.
+    pub fn peer_changed(&mut self, fx: &mut impl GuardEffects) {
+        self.heard_at = None;
+        self.set_guarding(false, fx);
+        for flow in self.flows.keys().copied().collect::<Vec<_>>() {
+            self.let_go(flow, fx);
+        }
+        let flows = self.flows.len();
+        self.forget_all(fx);
+        if flows > 0 {
+            self.facts.push(Fact::StandbyForgot { flows });
+        }
+    }
+
+    /// An authentic datagram of the standby came in.
+    pub fn heard(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if !self.active {
+            return;
+        }
+        self.heard_at = Some(now);
+        if !self.guarding {
+            self.set_guarding(true, fx);
+            self.facts.push(Fact::Guarding);
+            self.to_ask.clear();
+            let exposed = self.flows.iter();
+            self.to_ask.extend(
+                exposed
+                    .filter(|(_, flow)| matches!(flow.phase, Phase::Exposed))
+                    .map(|(key, _)| *key),
+            );
+            self.next_tick = now;
+        }
+    }
+
+    fn set_guarding(&mut self, on: bool, fx: &mut impl GuardEffects) {
+        if self.guarding != on {
+            self.guarding = on;
+            fx.set_guarding(on);
+        }
+    }
+
+    // ---- openings ------------------------------------------------------------------------------
+
+    /// The gate reports the headers of a SYN that came in, or of a SYN-ACK.
+    pub fn process_opening(
+        &mut self,
+        packet: &[u8],
+        kind: OpeningKind,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if !self.active {
+            return;
+        }
+        let direction = match kind {
+            OpeningKind::Syn => Direction::ToVip,
+            OpeningKind::Held | OpeningKind::Passed => Direction::FromVip,
+        };
+        let Ok((flow, segment)) = segment::parse_headers(packet, direction) else {
+            return;
+        };
+        match kind {
+            OpeningKind::Syn => self.process_syn(flow, &segment),
+            OpeningKind::Passed => self.process_passed(flow, &segment, now, fx),
+            OpeningKind::Held => {
+                let mut packet = packet.to_vec();
+                segment::complete_checksum(&mut packet);
+                self.process_syn_ack(flow, &segment, packet, now, fx);
+            }
+        }
+    }
+
+    fn process_syn(&mut self, flow: FlowKey, segment: &Segment<'_>) {
+        let syn = Syn {
+            isn: segment.seq,
+            window: segment.window,
+            options: segment.options,
+        };
+        let known = self.syns.insert(flow, syn).map(|syn| syn.isn);
+        if known != Some(segment.seq) {
+            self.syn_order.push_back((flow, segment.seq));
+        }
+        while self.syn_order.len() > MAX_SYNS {
+            if let Some((oldest, isn)) = self.syn_order.pop_front()
+                && self.syns.get(&oldest).is_some_and(|syn| syn.isn == isn)
+            {
+                self.syns.remove(&oldest);
+            }
+        }
+    }
+
+    fn process_syn_ack(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        packet: Vec<u8>,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if !self.guarding {
+            fx.send(&packet);
+            return;
+        }
+        // Without its SYN the client's options are not known: the client repeats it.
+        let Some(syn) = self.syn_of(flow, segment) else {
+            return;
+        };
+        if let Some(known) = self.flows.get_mut(&flow)
+            && known.client_isn == syn.isn
+            && known.active_isn == segment.seq
+        {
+            // The kernel repeats it; its timestamp is newer.
+            if let Phase::Opening { answer, .. } = &mut known.phase {
+                *answer = packet;
+            }
+            return;
+        }
+        let open = Open {
+            flow,
+            client_isn: syn.isn,
+            active_isn: segment.seq,
+            client_window: syn.window,
+            client: syn.options,
+            active: segment.options,
+        };
+        self.forget(flow, fx);
+        let Some(slot) = self.free.pop_front() else {
+            self.refused += 1;
+            fx.send(&packet);
+            return;
+        };
+        let phase = Phase::Opening {
+            open: Box::new(open),
+            answer: packet,
+            since: now,
+            pause: REPEAT,
+        };
+        self.flows.insert(flow, Flow::new(slot, &open, phase, now));
+        self.records.push(Record::Open(open));
+        self.repeats.insert((now + REPEAT, flow));
+    }
+
+    fn syn_of(&self, flow: FlowKey, answer: &Segment<'_>) -> Option<Syn> {
+        let syn = self.syns.get(&flow)?;
+        (answer.ack == Some(syn.isn.wrapping_add(1))).then_some(*syn)
+    }
+
+    /// A SYN-ACK left while the gate was open. The flow is noted from its first byte on, so that it can be
+    /// guarded once the standby has caught up with what its client was told.
+    fn process_passed(
+        &mut self,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        let Some(syn) = self.syn_of(flow, segment) else {
+            return;
+        };
+        let open = Open {
+            flow,
+            client_isn: syn.isn,
+            active_isn: segment.seq,
+            client_window: syn.window,
+            client: syn.options,
+            active: segment.options,
+        };
+        self.forget(flow, fx);
+        let Some(slot) = self.free.pop_front() else {
+            self.refused += 1;
+            return;
+        };
+        let known = Flow::new(slot, &open, Phase::Exposed, now);
+        let guarded = known.guarded();
+        self.flows.insert(flow, known);
+        self.syns.remove(&flow);
+        let sent = Sent::new(syn.isn, segment.seq, segment.window).at(now);
+        if !(fx.start(slot, sent)
+            && fx.confirm(slot, Confirmation::OPEN)
+            && fx.publish(flow, guarded))
+        {
+            self.refused += 1;
+            self.forget(flow, fx);
+        }
+    }
+
+    // ---- what the standby says -----------------------------------------------------------------
+
+    /// Takes a record of the standby's.
+    pub fn process_record(&mut self, record: &Record, now: Nanos, fx: &mut impl GuardEffects) {
+        match record {
+            Record::Confirm(confirm) => self.process_confirm(confirm, now, fx),
+            Record::Refuse { flow, client_isn } if self.is(flow, *client_isn) => {
+                self.refused += u64::from(self.is_opening(flow));
+                self.let_go(*flow, fx);
+                self.forget(*flow, fx);
+            }
+            Record::Close { flow, client_isn } if self.is(flow, *client_isn) => {
+                self.tell_all(*flow, fx);
+                self.forget(*flow, fx);
+            }
+            _ => {}
+        }
+    }
+
+    fn is(&self, flow: &FlowKey, client_isn: u32) -> bool {
+        self.flows
+            .get(flow)
+            .is_some_and(|known| known.client_isn == client_isn)
+    }
+
+    fn is_opening(&self, flow: &FlowKey) -> bool {
+        let phase = self.flows.get(flow).map(|flow| &flow.phase);
+        matches!(phase, Some(Phase::Opening { .. }))
+    }
+
+    fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
+        let known = self.flows.get_mut(&confirm.flow);
+        let Some(flow) = known.filter(|flow| flow.client_isn == confirm.client_isn) else {
+            // Let go, or forgotten: the standby must not take it for guarded.
+            self.records.push(Record::Close {
+                flow: confirm.flow,
+                client_isn: confirm.client_isn,
+            });
+            return;
+        };
+        flow.known_at = now;
+        let fresh = Confirmation::new(confirm.ack, confirm.edge);
+        if let Phase::Opening { open, answer, .. } = &flow.phase {
+            let window = window_of(answer);
+            let guarded = flow.guarded();
+            let sent = Sent::new(open.client_isn, open.active_isn, window).at(now);
+            let ready = fx.start(flow.slot, sent)
+                && fx.confirm(flow.slot, fresh)
+                && fx.publish(confirm.flow, guarded);
+            fx.send(answer);
+            flow.confirmation = fresh;
+            flow.phase = Phase::Guarded;
+            self.syns.remove(&confirm.flow);
+            if !ready {
+                self.refused += 1;
+                self.forget(confirm.flow, fx);
+            }
+            return;
+        }
+        // Of a flow that was exposed from its start nothing is known yet.
+        let known = match flow.confirmation {
+            none if none == Confirmation::default() => fresh,
+            known => known,
+        };
+        let merged = Confirmation::new(
+            later(known.ack(), fresh.ack()),
+            later(known.edge(), fresh.edge()),
+        );
+        flow.confirmation = merged;
+        if matches!(flow.phase, Phase::Exposed) {
+            Self::protect_again(flow, fx);
+            return;
+        }
+        if merged != known {
+            fx.confirm(flow.slot, merged);
+        }
+        Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
+        if !flow.recheck {
+            flow.recheck = true;
+            self.rechecks.push_back((now + RECHECK, confirm.flow));
+        }
+    }
+
+    /// Guards an exposed flow again, if the standby holds all that its client was told. The gate may tell
+    /// more at the same moment, so it is looked at twice.
+    fn protect_again(flow: &mut Flow, fx: &mut impl GuardEffects) {
+        let holds_all = |flow: &Flow, fx: &mut _| {
+            GuardEffects::sent(fx, flow.slot)
+                .is_some_and(|sent| !before(flow.confirmation.ack(), sent.told))
+        };
+        if !holds_all(flow, fx) {
+            return;
+        }
+        fx.confirm(flow.slot, flow.confirmation);
+        if holds_all(flow, fx) {
+            flow.phase = Phase::Guarded;
+        } else {
+            fx.confirm(flow.slot, Confirmation::OPEN);
+        }
+    }
+
+    /// Tells the client what it may know by now.
+    fn release(vip: Ipv4Addr, key: FlowKey, flow: &Flow, sack: &Sack, fx: &mut impl GuardEffects) {
+        let Some(sent) = fx.sent(flow.slot) else {
+            return;
+        };
+        let due = release(&sent, flow.confirmation, flow.shift.into());
+        // The standby lacks what the kernel has, or knows better than the kernel may say what is held.
+        let hole = !sack.blocks().is_empty()
+            && (flow.sack_permitted || before(flow.confirmation.ack(), sent.ack));
+        let due = match due {
+            Some(due) => due,
+            None if hole => Release::again(&sent, flow.shift.into()),
+            None => return,
+        };
+        let ranges = if flow.sack_permitted {
+            first_three(sack)
+        } else {
+            [None; 3]
+        };
+        fx.send(&acknowledgement(vip, key, &due, ranges));
+    }
+
+    // ---- time ----------------------------------------------------------------------------------
+
+    /// When [`Guard::poll`] is due, ns.
+    pub fn next_wakeup(&self) -> Nanos {
+        if !self.active {
+            return Nanos::MAX;
+        }
+        let repeat = self.repeats.first().map_or(Nanos::MAX, |(at, _)| *at);
+        let recheck = self.rechecks.front().map_or(Nanos::MAX, |(at, _)| *at);
+        self.next_tick.min(self.next_sweep).min(repeat).min(recheck)
+    }
+
+    /// Time has passed.
+    pub fn poll(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if !self.active {
+            return;
+        }
+        if now >= self.next_tick {
+            // A ping or its answer may be lost: until one comes back they follow each other closely.
+            let answered = self.heard_at.is_some_and(|at| at >= self.pinged_at);
+            let share = if answered { 4 } else { 16 };
+            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
+            self.ping = true;
+            if answered || self.pinged_at == 0 {
+                self.pinged_at = now;
+            }
+            self.ask(fx);
+        }
+        let silent = self
+            .heard_at
+            .is_none_or(|at| now >= at.saturating_add(self.config.timeout));
+        if silent && self.guarding {
+            self.degrade(now, fx);
+        }
+        while let Some((_, key)) = self.rechecks.pop_front_if(|(at, _)| *at <= now) {
+            self.recheck(key, fx);
+        }
+        while let Some(&(at, key)) = self.repeats.first()
+            && at <= now
+        {
+            self.repeats.remove(&(at, key));
+            self.repeat(key, now, fx);
+        }
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP_PAUSE;
+            self.sweep(now, fx);
+        }
+    }
+
+    fn recheck(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        flow.recheck = false;
+        if !matches!(flow.phase, Phase::Guarded) {
+            return;
+        }
+        let exposed = fx
+            .sent(flow.slot)
+            .is_some_and(|sent| before(flow.confirmation.ack(), sent.told));
+        if exposed {
+            // It was told more while it was exposed, just before it was guarded again.
+            fx.confirm(flow.slot, Confirmation::OPEN);
+            flow.phase = Phase::Exposed;
+            self.to_ask.push(key);
+            return;
+        }
+        Self::release(self.config.vip, key, flow, &Sack::default(), fx);
+    }
+
+    fn repeat(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        let Some(Flow {
+            phase: Phase::Opening {
+                open, since, pause, ..
+            },
+            ..
+        }) = self.flows.get_mut(&key)
+        else {
+            return;
+        };
+        if now.saturating_sub(*since) > OPENING_PATIENCE {
+            self.refused += 1;
+            let client_isn = open.client_isn;
+            self.records.push(Record::Close {
+                flow: key,
+                client_isn,
+            });
+            self.let_go(key, fx);
+            self.forget(key, fx);
+            return;
+        }
+        *pause = (*pause * 2).min(REPEAT_MOST);
+        self.repeats.insert((now + *pause, key));
+        self.records.push(Record::Open(**open));
+    }
+
+    /// Tells the standby what the clients of exposed flows were told, which asks it what it holds. While it
+    /// is silent only now and then: perhaps it hears and is not heard.
+    fn ask(&mut self, fx: &mut impl GuardEffects) {
+        if self.to_ask.is_empty() {
+            let exposed = self.flows.iter();
+            self.to_ask.extend(
+                exposed
+                    .filter(|(_, flow)| matches!(flow.phase, Phase::Exposed))
+                    .map(|(key, _)| *key),
+            );
+        }
+        let most = if self.guarding {
+            ASK_AT_ONCE
+        } else {
+            TELL_AT_ONCE
+        };
+        let rest = self.to_ask.len().saturating_sub(most);
+        for key in self.to_ask.split_off(rest) {
+            if let Some(flow) = self.flows.get(&key)
+                && matches!(flow.phase, Phase::Exposed)
+                && let Some(sent) = fx.sent(flow.slot)
+            {
+                self.records.push(Record::Told {
+                    flow: key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
+            }
+        }
+    }
+
+    /// Nobody confirms: the clients must not wait for it.
+    fn degrade(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        self.set_guarding(false, fx);
+        let mut exposed = 0;
+        for key in self.flows.keys().copied().collect::<Vec<_>>() {
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
+            match flow.phase {
+                Phase::Opening { .. } => self.open_exposed(key, now, fx),
+                Phase::Guarded => {
+                    exposed += 1;
+                    flow.phase = Phase::Exposed;
+                    fx.confirm(flow.slot, Confirmation::OPEN);
+                    self.tell_all(key, fx);
+                }
+                Phase::Exposed => {}
+            }
+        }
+        self.facts.push(Fact::Degraded { exposed });
+    }
+
+    /// Lets out the SYN-ACK of an opening: the flow goes on as one that was opened while the gate was open.
+    fn open_exposed(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        let phase = std::mem::replace(&mut flow.phase, Phase::Exposed);
+        let Phase::Opening { open, answer, .. } = phase else {
+            return;
+        };
+        let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer)).at(now);
+        let ready = fx.start(flow.slot, sent)
+            && fx.confirm(flow.slot, Confirmation::OPEN)
+            && fx.publish(key, flow.guarded());
+        fx.send(&answer);
+        self.syns.remove(&key);
+        if !ready {
+            self.refused += 1;
+            self.forget(key, fx);
+        }
+    }
+
+    /// Lets out whatever is held of a flow.
+    fn let_go(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        match self.flows.get(&key) {
+            Some(Flow {
+                phase: Phase::Opening { answer, .. },
+                ..
+            }) => fx.send(answer),
+            Some(_) => self.tell_all(key, fx),
+            None => {}
+        }
+    }
+
+    /// Tells the client all that the kernel wanted to say.
+    fn tell_all(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get(&key) else {
+            return;
+        };
+        if let Some(sent) = fx.sent(flow.slot)
+            && let Some(due) = release(&sent, sent.everything(), flow.shift.into())
+        {
+            fx.send(&acknowledgement(self.config.vip, key, &due, [None; 3]));
+        }
+    }
+
+    fn sweep(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if self.to_sweep.is_empty() {
+            self.to_sweep.extend(self.flows.keys());
+        }
+        let rest = self.to_sweep.len().saturating_sub(SWEEP_AT_ONCE);
+        let mut ended = Vec::new();
+        for key in self.to_sweep.split_off(rest) {
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
+            if matches!(flow.phase, Phase::Opening { .. }) {
+                continue;
+            }
+            let Some(sent) = fx.sent(flow.slot) else {
+                continue;
+            };
+            let quiet = now.saturating_sub(sent.at_ns);
+            if (sent.flags & sent_flags::RST_SENT != 0 && quiet > RESET_LINGER)
+                || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > FIN_LINGER)
+                || quiet > self.config.idle_timeout
+            {
+                ended.push((key, flow.client_isn));
+            } else if quiet > QUIET && now.saturating_sub(flow.known_at) > QUIET && self.guarding {
+                flow.known_at = now;
+                self.records.push(Record::Told {
+                    flow: key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
+            }
+        }
+        for (flow, client_isn) in ended {
+            self.records.push(Record::Close { flow, client_isn });
+            self.forget(flow, fx);
+        }
+    }
+
+    fn forget(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        if let Some(flow) = self.flows.remove(&key) {
+            if !matches!(flow.phase, Phase::Opening { .. }) {
+                fx.withdraw(key);
+            }
+            self.free.push_back(flow.slot);
+        }
+    }
+
+    fn forget_all(&mut self, fx: &mut impl GuardEffects) {
+        for key in self.flows.keys().copied().collect::<Vec<_>>() {
+            self.forget(key, fx);
+        }
+        self.syns.clear();
+        self.syn_order.clear();
+        self.repeats.clear();
+        self.rechecks.clear();
+        self.to_ask.clear();
+    }
+
+    // ---- out -----------------------------------------------------------------------------------
+
+    /// What the standby is to be told since the last call. Returns whether a datagram is due even
+    /// without records.
+    pub fn take_records(&mut self, records: &mut Vec<Record>) -> bool {
+        records.append(&mut self.records);
+        std::mem::take(&mut self.ping)
+    }
+
+    /// What is to be logged since the last call.
+    pub fn take_facts(&mut self) -> Vec<Fact> {
+        std::mem::take(&mut self.facts)
+    }
+
+    /// Counts the flows. Costs time in proportion to their number.
+    pub fn census(&self) -> GuardCensus {
+        let mut census = GuardCensus {
+            refused: self.refused,
+            ..GuardCensus::default()
+        };
+        for flow in self.flows.values() {
+            *match flow.phase {
+                Phase::Opening { .. } => &mut census.opening,
+                Phase::Guarded => &mut census.guarded,
+                Phase::Exposed => &mut census.exposed,
+            } += 1;
+        }
+        census
+    }
+}
+
+/// As many blocks as a TCP header has room for beside timestamps (RFC 2018 section 3).
+fn first_three(sack: &Sack) -> [Option<(u32, u32)>; 3] {
+    let blocks = sack.blocks();
+    std::array::from_fn(|i| blocks.get(i).copied())
+}
+
+/// The window field of a SYN-ACK's headers.
+fn window_of(packet: &[u8]) -> u16 {
+    segment::parse_headers(packet, Direction::FromVip).map_or(0, |(_, segment)| segment.window)
+}
+
+/// A pure ACK from the VIP.
+fn acknowledgement(
+    vip: Ipv4Addr,
+    flow: FlowKey,
+    release: &Release,
+    sack_ranges: [Option<(u32, u32)>; 3],
+) -> Vec<u8> {
+    let repr = TcpRepr {
+        seq_number: TcpSeqNumber(release.seq as i32),
+        ack_number: Some(TcpSeqNumber(release.ack as i32)),
+        window_len: release.window,
+        timestamp: release
+            .timestamp
+            .map(|(tsval, tsecr)| TcpTimestampRepr::new(tsval, tsecr)),
+        sack_ranges,
+        ..bare_repr(flow.service_port, flow.client_port, TcpControl::None)
+    };
+    let mut bytes = Vec::with_capacity(80);
+    let to = Ipv4Addr::from(flow.client_addr);
+    let caps = ChecksumCapabilities::default();
+    emit_packet(&mut bytes, vip, to, &repr, &caps);
+    if release.ece {
+        // Behind an IPv4 header without options; smoltcp knows no ECN (RFC 3168 section 6.1.3).
+        bytes[20 + 13] |= tcp_flags::ECE;
+        segment::complete_checksum(&mut bytes);
+    }
+    bytes
+}

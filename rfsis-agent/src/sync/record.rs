@@ -1,0 +1,612 @@
+//! Records: what the nodes tell each other about one flow.
+//!
+//! Each is type, length and value, so that a reader steps over types that it does not know. A type
+//! that it knows has exactly one form: what is parsed is emitted as the same bytes.
+
+use rfsis_common::maps::FlowKey;
+
+use super::{Cut, Reader};
+use crate::segment::Options;
+
+/// Bytes of type and length in front of each value.
+const HEADER_LEN: usize = 2;
+/// Bytes of flow and client's number, with which each value begins.
+const FLOW_LEN: usize = 12;
+/// Bytes of the options of one side.
+const OPTIONS_LEN: usize = 12;
+/// Bytes of a SACK block.
+const BLOCK_LEN: usize = 8;
+/// Bytes of the longest record.
+pub const MAX_RECORD_LEN: usize = HEADER_LEN + FLOW_LEN + 8 + Sack::MAX * BLOCK_LEN;
+
+/// Types of records.
+mod kind {
+    pub const OPEN: u8 = 1;
+    pub const CONFIRM: u8 = 2;
+    pub const REFUSE: u8 = 3;
+    pub const CLOSE: u8 = 4;
+    pub const TOLD: u8 = 5;
+}
+
+/// What one node tells the other about a flow. `client_isn` tells the connection from others of the
+/// same ports, before and after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Active to standby: a connection that the active is about to accept.
+    Open(Open),
+    /// Standby to active: what it holds of a flow. Also the answer to [`Record::Open`].
+    Confirm(Confirm),
+    /// Standby to active: it does not follow this flow, or no longer. Final for the connection.
+    Refuse {
+        /// The flow.
+        flow: FlowKey,
+        /// Initial sequence number of the client.
+        client_isn: u32,
+    },
+    /// Active to standby: the flow is no more.
+    Close {
+        /// The flow.
+        flow: FlowKey,
+        /// Initial sequence number of the client.
+        client_isn: u32,
+    },
+    /// Active to standby: the client was told that more arrived than the standby confirmed.
+    Told {
+        /// The flow.
+        flow: FlowKey,
+        /// Initial sequence number of the client.
+        client_isn: u32,
+        /// The acknowledgement that the client saw.
+        ack: u32,
+    },
+}
+
+/// A handshake, as the active holds its SYN-ACK.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// The flow.
+    pub flow: FlowKey,
+    /// Initial sequence number of the client.
+    pub client_isn: u32,
+    /// Initial sequence number of the active.
+    pub active_isn: u32,
+    /// Window of the client's SYN, bytes: never scaled (RFC 7323 section 2.2).
+    pub client_window: u16,
+    /// Options of the SYN.
+    pub client: Options,
+    /// Options of the SYN-ACK.
+    pub active: Options,
+}
+
+/// What the standby holds of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Confirm {
+    /// The flow.
+    pub flow: FlowKey,
+    /// Initial sequence number of the client.
+    pub client_isn: u32,
+    /// Everything before this sequence number is held; a FIN counts one.
+    pub ack: u32,
+    /// Bytes from this sequence number on cannot be taken.
+    pub edge: u32,
+    /// What is held behind holes.
+    pub sack: Sack,
+}
+
+/// Up to four SACK blocks (RFC 2018 section 3): first sequence number, and the one behind the last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sack {
+    /// `(0, 0)` behind `len`, so that equal lists are equal.
+    blocks: [(u32, u32); Sack::MAX],
+    len: u8,
+}
+
+impl Sack {
+    /// Most blocks of a list: more find no room in a TCP header.
+    pub const MAX: usize = 4;
+
+    /// The blocks, in the order given.
+    pub fn blocks(&self) -> &[(u32, u32)] {
+        &self.blocks[..usize::from(self.len)]
+    }
+}
+
+impl FromIterator<(u32, u32)> for Sack {
+    /// The first [`Sack::MAX`] blocks; the rest is left out.
+    fn from_iter<I: IntoIterator<Item = (u32, u32)>>(blocks: I) -> Self {
+        let mut sack = Self::default();
+        for (place, block) in sack.blocks.iter_mut().zip(blocks) {
+            *place = block;
+            sack.len += 1;
+        }
+        sack
+    }
+}
+
+/// A record that no agent writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("sync record with an impossible {field}: not sent by an rfsis-agent?")]
+pub struct RecordError {
+    /// The first field that is wrong.
+    pub field: &'static str,
+}
+
+impl From<Cut> for RecordError {
+    fn from(_: Cut) -> Self {
+        Self {
+            field: "record length",
+        }
+    }
+}
+
+impl Record {
+    /// Bytes that [`emit`](Self::emit) appends, at most [`MAX_RECORD_LEN`].
+    pub fn wire_len(&self) -> usize {
+        let rest = match self {
+            Record::Open(_) => 4 + 2 + 2 * OPTIONS_LEN,
+            Record::Confirm(confirm) => 8 + confirm.sack.blocks().len() * BLOCK_LEN,
+            Record::Refuse { .. } | Record::Close { .. } => 0,
+            Record::Told { .. } => 4,
+        };
+        HEADER_LEN + FLOW_LEN + rest
+    }
+
+    /// Appends the record to a datagram.
+    pub fn emit(&self, out: &mut Vec<u8>) {
+        let (kind, flow, client_isn) = match *self {
+            Record::Open(Open {
+                flow, client_isn, ..
+            }) => (kind::OPEN, flow, client_isn),
+            Record::Confirm(Confirm {
+                flow, client_isn, ..
+            }) => (kind::CONFIRM, flow, client_isn),
+            Record::Refuse { flow, client_isn } => (kind::REFUSE, flow, client_isn),
+            Record::Close { flow, client_isn } => (kind::CLOSE, flow, client_isn),
+            Record::Told {
+                flow, client_isn, ..
+            } => (kind::TOLD, flow, client_isn),
+        };
+        out.extend([kind, (self.wire_len() - HEADER_LEN) as u8]);
+        out.extend(flow.client_addr.to_be_bytes());
+        out.extend(flow.client_port.to_be_bytes());
+        out.extend(flow.service_port.to_be_bytes());
+        out.extend(client_isn.to_be_bytes());
+        match self {
+            Record::Open(open) => {
+                out.extend(open.active_isn.to_be_bytes());
+                out.extend(open.client_window.to_be_bytes());
+                out.extend(options_to_bytes(&open.client));
+                out.extend(options_to_bytes(&open.active));
+            }
+            Record::Confirm(confirm) => {
+                out.extend(confirm.ack.to_be_bytes());
+                out.extend(confirm.edge.to_be_bytes());
+                for (left, right) in confirm.sack.blocks() {
+                    out.extend(left.to_be_bytes());
+                    out.extend(right.to_be_bytes());
+                }
+            }
+            Record::Refuse { .. } | Record::Close { .. } => {}
+            Record::Told { ack, .. } => out.extend(ack.to_be_bytes()),
+        }
+    }
+
+    /// Takes the next record of a datagram; `None` if its type is unknown.
+    fn take(datagram: &mut Reader<'_>) -> Result<Option<Record>, RecordError> {
+        let [kind, len] = datagram.array()?;
+        let mut value = Reader(datagram.slice(usize::from(len))?);
+        if !(kind::OPEN..=kind::TOLD).contains(&kind) {
+            return Ok(None);
+        }
+        let flow = FlowKey {
+            client_addr: value.u32()?,
+            client_port: value.u16()?,
+            service_port: value.u16()?,
+        };
+        let client_isn = value.u32()?;
+        let record = match kind {
+            kind::OPEN => Record::Open(Open {
+                flow,
+                client_isn,
+                active_isn: value.u32()?,
+                client_window: value.u16()?,
+                client: options_from_bytes(value.array()?)?,
+                active: options_from_bytes(value.array()?)?,
+            }),
+            kind::CONFIRM => Record::Confirm(Confirm {
+                flow,
+                client_isn,
+                ack: value.u32()?,
+                edge: value.u32()?,
+                sack: take_sack(&mut value)?,
+            }),
+            kind::REFUSE => Record::Refuse { flow, client_isn },
+            kind::CLOSE => Record::Close { flow, client_isn },
+            _ => Record::Told {
+                flow,
+                client_isn,
+                ack: value.u32()?,
+            },
+        };
+        if value.0.is_empty() {
+            Ok(Some(record))
+        } else {
+            Err(RecordError {
+                field: "record length",
+            })
+        }
+    }
+}
+
+/// The records of a datagram, each of which was checked before the first is handed out.
+#[derive(Clone, Debug)]
+pub struct Records<'a> {
+    rest: &'a [u8],
+    skipped: u64,
+}
+
+impl<'a> Records<'a> {
+    /// Checks all records that stand in `bytes`.
+    ///
+    /// # Errors
+    /// The first record that is cut short, too long for its type, or holds what no agent writes.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, RecordError> {
+        let mut reader = Reader(bytes);
+        let mut skipped = 0;
+        while !reader.0.is_empty() {
+            skipped += u64::from(Record::take(&mut reader)?.is_none());
+        }
+        Ok(Self {
+            rest: bytes,
+            skipped,
+        })
+    }
+
+    /// How many records of unknown types are stepped over.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = Record;
+
+    fn next(&mut self) -> Option<Record> {
+        let mut reader = Reader(self.rest);
+        // No error: `parse` has seen them all.
+        while let Ok(record) = Record::take(&mut reader) {
+            self.rest = reader.0;
+            if record.is_some() {
+                return record;
+            }
+        }
+        None
+    }
+}
+
+fn take_sack(value: &mut Reader<'_>) -> Result<Sack, RecordError> {
+    let mut sack = Sack::default();
+    for place in &mut sack.blocks {
+        if value.0.is_empty() {
+            break;
+        }
+        *place = (value.u32()?, value.u32()?);
+        sack.len += 1;
+    }
+    Ok(sack)
+}
+
+/// Bits of the first byte of options: which of them there are.
+mod present {
+    pub const MSS: u8 = 1;
+    pub const WINDOW_SCALE: u8 = 2;
+    pub const SACK_PERMITTED: u8 = 4;
+    pub const TIMESTAMP: u8 = 8;
+}
+
+fn options_to_bytes(options: &Options) -> [u8; OPTIONS_LEN] {
+    let present = [
+        (options.mss.is_some(), present::MSS),
+        (options.window_scale.is_some(), present::WINDOW_SCALE),
+        (options.sack_permitted, present::SACK_PERMITTED),
+        (options.timestamp.is_some(), present::TIMESTAMP),
+    ];
+    let (tsval, tsecr) = options.timestamp.unwrap_or_default();
+    let mut bytes = [0; OPTIONS_LEN];
+    bytes[0] = present
+        .iter()
+        .filter(|(is, _)| *is)
+        .map(|(_, bit)| bit)
+        .sum();
+    bytes[1] = options.window_scale.unwrap_or_default();
+    bytes[2..4].copy_from_slice(&options.mss.unwrap_or_default().to_be_bytes());
+    bytes[4..8].copy_from_slice(&tsval.to_be_bytes());
+    bytes[8..].copy_from_slice(&tsecr.to_be_bytes());
+    bytes
+}
+
+fn options_from_bytes(bytes: [u8; OPTIONS_LEN]) -> Result<Options, RecordError> {
+    let [present, shift, m0, m1, v0, v1, v2, v3, e0, e1, e2, e3] = bytes;
+    let has = |bit| present & bit != 0;
+    let timestamp = (
+        u32::from_be_bytes([v0, v1, v2, v3]),
+        u32::from_be_bytes([e0, e1, e2, e3]),
+    );
+    let options = Options {
+        mss: has(present::MSS).then_some(u16::from_be_bytes([m0, m1])),
+        window_scale: has(present::WINDOW_SCALE).then_some(shift),
+        sack_permitted: has(present::SACK_PERMITTED),
+        timestamp: has(present::TIMESTAMP).then_some(timestamp),
+    };
+    // Unknown bits, and values of options that are not there.
+    if options_to_bytes(&options) != bytes {
+        return Err(RecordError { field: "options" });
+    }
+    // RFC 7323 section 2.3.
+    if shift > 14 {
+        return Err(RecordError {
+            field: "window shift",
+        });
+    }
+    Ok(options)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::option;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn flows() -> impl Strategy<Value = FlowKey> {
+        any::<(u32, u16, u16)>().prop_map(|(client_addr, client_port, service_port)| FlowKey {
+            client_addr,
+            client_port,
+            service_port,
+        })
+    }
+
+    fn options() -> impl Strategy<Value = Options> {
+        (
+            option::of(any::<u16>()),
+            option::of(0u8..=14),
+            any::<bool>(),
+            option::of(any::<(u32, u32)>()),
+        )
+            .prop_map(|(mss, window_scale, sack_permitted, timestamp)| Options {
+                mss,
+                window_scale,
+                sack_permitted,
+                timestamp,
+            })
+    }
+
+    fn sacks() -> impl Strategy<Value = Sack> {
+        proptest::collection::vec(any::<(u32, u32)>(), 0..=Sack::MAX)
+            .prop_map(|blocks| blocks.into_iter().collect())
+    }
+
+    /// Any record that an agent may write.
+    pub(in crate::sync) fn records() -> impl Strategy<Value = Record> {
+        let opens = (flows(), any::<(u32, u32, u16)>(), options(), options()).prop_map(
+            |(flow, (client_isn, active_isn, client_window), client, active)| {
+                Record::Open(Open {
+                    flow,
+                    client_isn,
+                    active_isn,
+                    client_window,
+                    client,
+                    active,
+                })
+            },
+        );
+        let confirms = (flows(), any::<(u32, u32, u32)>(), sacks()).prop_map(
+            |(flow, (client_isn, ack, edge), sack)| {
+                Record::Confirm(Confirm {
+                    flow,
+                    client_isn,
+                    ack,
+                    edge,
+                    sack,
+                })
+            },
+        );
+        let one = || (flows(), any::<u32>());
+        prop_oneof![
+            opens,
+            confirms,
+            one().prop_map(|(flow, client_isn)| Record::Refuse { flow, client_isn }),
+            one().prop_map(|(flow, client_isn)| Record::Close { flow, client_isn }),
+            (one(), any::<u32>()).prop_map(|((flow, client_isn), ack)| Record::Told {
+                flow,
+                client_isn,
+                ack
+            }),
+        ]
+    }
+
+    fn emit(records: &[Record]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for record in records {
+            record.emit(&mut bytes);
+        }
+        bytes
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Vec<Record>, RecordError> {
+        Records::parse(bytes).map(Iterator::collect)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_emitted_is_parsed(records in proptest::collection::vec(records(), 0..20)) {
+            let bytes = emit(&records);
+            prop_assert_eq!(bytes.len(), records.iter().map(Record::wire_len).sum::<usize>());
+            prop_assert!(records.iter().all(|record| record.wire_len() <= MAX_RECORD_LEN));
+            prop_assert_eq!(parse(&bytes), Ok(records));
+        }
+
+        /// Nothing is ignored but records of unknown types.
+        #[test]
+        fn what_parses_was_emitted(
+            records in proptest::collection::vec(records(), 1..4),
+            nonsense in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        ) {
+            let mut bytes = emit(&records);
+            for (index, byte) in nonsense {
+                let at = index.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if let Ok(parsed) = Records::parse(&bytes)
+                && parsed.skipped() == 0
+            {
+                prop_assert_eq!(emit(&parsed.collect::<Vec<_>>()), bytes);
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            if let Ok(records) = Records::parse(&bytes) {
+                prop_assert!(records.skipped() as usize + records.count() <= bytes.len() / HEADER_LEN);
+            }
+        }
+
+        #[test]
+        fn a_record_cut_anywhere_is_refused(record in records()) {
+            let bytes = emit(&[record]);
+            for len in 1..bytes.len() {
+                prop_assert_eq!(parse(&bytes[..len]), Err(RecordError { field: "record length" }));
+            }
+        }
+
+        /// A later version may add types, and an older reader still finds its own.
+        #[test]
+        fn unknown_types_are_stepped_over_and_counted(
+            known in records(), kind in 6u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
+        ) {
+            let unknown = [&[kind, value.len() as u8][..], &value].concat();
+            let bytes = [&unknown[..], &emit(&[known]), &unknown].concat();
+            prop_assert_eq!(Records::parse(&bytes).map(|records| records.skipped()), Ok(2));
+            prop_assert_eq!(parse(&bytes), Ok(vec![known]));
+        }
+    }
+
+    const FLOW: FlowKey = FlowKey {
+        client_addr: 0x0a00_0001,
+        client_port: 0x1234,
+        service_port: 7,
+    };
+
+    /// The page that documents the format draws it so.
+    #[test]
+    fn the_layout_is_the_documented_one() {
+        let flow_and_isn = [10, 0, 0, 1, 0x12, 0x34, 0, 7, 0, 0, 0, 9];
+        let open = Record::Open(Open {
+            flow: FLOW,
+            client_isn: 9,
+            active_isn: 0x0102_0304,
+            client_window: 0x0506,
+            client: Options {
+                mss: Some(1460),
+                window_scale: Some(7),
+                sack_permitted: true,
+                timestamp: Some((0x1112_1314, 0)),
+            },
+            active: Options {
+                mss: Some(536),
+                ..Options::default()
+            },
+        });
+        let values: [(Record, u8, &[u8]); 5] = [
+            (
+                open,
+                1,
+                &[
+                    1, 2, 3, 4, 5, 6, // active's number, client's window
+                    15, 7, 5, 0xb4, 0x11, 0x12, 0x13, 0x14, 0, 0, 0, 0, // client's options
+                    1, 0, 2, 24, 0, 0, 0, 0, 0, 0, 0, 0, // active's options
+                ],
+            ),
+            (
+                Record::Confirm(Confirm {
+                    flow: FLOW,
+                    client_isn: 9,
+                    ack: 1,
+                    edge: 2,
+                    sack: [(3, 4), (5, 6)].into_iter().collect(),
+                }),
+                2,
+                &[
+                    0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 6,
+                ],
+            ),
+            (
+                Record::Refuse {
+                    flow: FLOW,
+                    client_isn: 9,
+                },
+                3,
+                &[],
+            ),
+            (
+                Record::Close {
+                    flow: FLOW,
+                    client_isn: 9,
+                },
+                4,
+                &[],
+            ),
+            (
+                Record::Told {
+                    flow: FLOW,
+                    client_isn: 9,
+                    ack: 1,
+                },
+                5,
+                &[0, 0, 0, 1],
+            ),
+        ];
+        for (record, kind, value) in values {
+            let header = [kind, (flow_and_isn.len() + value.len()) as u8];
+            let expected = [&header[..], &flow_and_isn, value].concat();
+            assert_eq!(emit(&[record]), expected, "{record:?}");
+        }
+    }
+
+    #[test]
+    fn a_fifth_sack_block_and_half_a_block_are_refused() {
+        let confirm = |blocks: &[u8]| {
+            let value = [&[0; FLOW_LEN + 8][..], blocks].concat();
+            parse(&[&[kind::CONFIRM, value.len() as u8][..], &value].concat())
+        };
+        for (len, ok) in [
+            (0, true),
+            (8, true),
+            (32, true),
+            (4, false),
+            (36, false),
+            (40, false),
+        ] {
+            assert_eq!(confirm(&vec![1; len]).is_ok(), ok, "{len} bytes of blocks");
+        }
+        let many: Sack = (0..9).map(|i| (i, i + 1)).collect();
+        assert_eq!(many.blocks(), [(0, 1), (1, 2), (2, 3), (3, 4)]);
+    }
+
+    #[test]
+    fn options_that_no_agent_writes_are_refused() {
+        for (bytes, field) in [
+            ([16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "options"),
+            ([0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "options"),
+            ([4, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0], "options"),
+            ([7, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1], "options"),
+            ([2, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "window shift"),
+        ] {
+            assert_eq!(
+                options_from_bytes(bytes),
+                Err(RecordError { field }),
+                "{bytes:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! The ACK gate: what a client is told of what arrived (`rfsis_common::ack_gate` decides).
+//!
+//! A packet that cannot be rewritten is held. Nothing is lost by that: TCP sends it again, and its
+//! acknowledgement is pending meanwhile.
+//!
+//! Checksums are adjusted by `bpf_l4_csum_replace` without `BPF_F_PSEUDO_HDR`: it leaves alone the ones
+//! that the device is to complete, which do not cover the TCP header yet.
+
+use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
+use aya_log_ebpf::warn;
+use core::ptr::{read_volatile, write_volatile};
+use rfsis_common::ack_gate::{
+    AckDecision, AckGateVerdict, AckVerdict, Guarded, OPENING_CAPTURE, OpeningEvent, OpeningKind,
+    Outgoing, RELEASE_MARK, Sent, ack_decide, is_opening, note_open, note_release, syn_ack_decide,
+};
+use rfsis_common::frame::{Classified, TcpPart, tcp_flags};
+use rfsis_common::options::{TcpOptions, tcp_options};
+
+use crate::maps::{
+    GUARDED, OPENINGS, SERVICE_PORTS, confirmation, count_ack_gate, guarded, has_ack_gate,
+    is_guarding, sent, worth_logging,
+};
+use crate::skb::{SkbFrame, mark};
+
+/// Offsets in a TCP header (RFC 9293 section 3.1).
+const ACK_OFFSET: usize = 8;
+const WINDOW_OFFSET: usize = 14;
+const CHECKSUM_OFFSET: usize = 16;
+
+/// Most bytes of blocks in a SACK option: options have 40 bytes, kind and length take two.
+const SACK_WORDS_MAX: usize = 9;
+
+/// Judges a packet that the gate has passed, and changes what it must. `false` where it must not go on.
+#[inline(always)]
+pub fn admit(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
+    if !has_ack_gate() {
+        return true;
+    }
+    let Some(tcp) = frame.tcp() else {
+        return true;
+    };
+    let verdict = match guarded(tcp.flow) {
+        Some(guarded) => judge_guarded(ctx, frame, tcp, guarded, now_ns),
+        None if is_service(tcp) => judge_unknown(ctx, frame, tcp, now_ns),
+        None => return true,
+    };
+    count(ctx, verdict);
+    !matches!(
+        verdict,
+        AckGateVerdict::Held | AckGateVerdict::Opening | AckGateVerdict::OpeningLost
+    )
+}
+
+/// Reports a SYN that came in for a service.
+#[inline(always)]
+pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
+    if !has_ack_gate() {
+        return;
+    }
+    let Some(tcp) = frame.tcp() else {
+        return;
+    };
+    if is_opening(tcp) && is_service(tcp) && !report(ctx, frame, tcp, OpeningKind::Syn, now_ns) {
+        count(ctx, AckGateVerdict::OpeningLost);
+    }
+}
+
+#[inline(always)]
+fn count(ctx: &TcContext, verdict: AckGateVerdict) {
+    let count = count_ack_gate(verdict);
+    if matches!(verdict, AckGateVerdict::OpeningLost) && worth_logging(count) {
+        warn!(ctx, "openings ring full: {} lost on this CPU", count);
+    }
+}
+
+#[inline(always)]
+fn is_service(tcp: &TcpPart) -> bool {
+    // SAFETY: only presence is asked; the value is not read.
+    unsafe { SERVICE_PORTS.get(tcp.flow.service_port).is_some() }
+}
+
+#[inline(always)]
+fn judge_unknown(
+    ctx: &TcContext,
+    frame: &Classified,
+    tcp: &TcpPart,
+    now_ns: u64,
+) -> AckGateVerdict {
+    if mark(ctx) == RELEASE_MARK {
+        // A SYN-ACK that the agent lets go: the standby does not take the flow.
+        AckGateVerdict::Released
+    } else if is_syn_ack(tcp) {
+        open(ctx, frame, tcp, None, now_ns)
+    } else {
+        AckGateVerdict::Unguarded
+    }
+}
+
+#[inline(always)]
+fn judge_guarded(
+    ctx: &TcContext,
+    frame: &Classified,
+    tcp: &TcpPart,
+    guarded: Guarded,
+    now_ns: u64,
+) -> AckGateVerdict {
+    let Some(slot) = sent(guarded.slot) else {
+        return AckGateVerdict::Unguarded;
+    };
+    if mark(ctx) == RELEASE_MARK {
+        let segment = Outgoing::new(tcp, &TcpOptions::default());
+        let mut told = load(slot);
+        note_release(&segment, &mut told, guarded.shift);
+        store_told(slot, &told);
+        return AckGateVerdict::Released;
+    }
+    if is_syn_ack(tcp) {
+        return open(ctx, frame, tcp, Some(guarded), now_ns);
+    }
+    let options = tcp_options(&SkbFrame(ctx), tcp);
+    let segment = Outgoing::new(tcp, &options);
+    let before = load(slot);
+    let mut after = before;
+    after.at_ns = now_ns;
+    let confirmed = match confirmation(guarded.slot) {
+        Some(confirmed) if is_guarding() && !confirmed.is_open() => confirmed,
+        _ => {
+            note_open(&segment, &mut after, guarded.shift);
+            store(slot, &before, &after);
+            return AckGateVerdict::Open;
+        }
+    };
+    let decision = ack_decide(&segment, &mut after, confirmed, guarded.shift);
+    let verdict = match decision.verdict {
+        AckVerdict::Held => AckGateVerdict::Held,
+        _ if !rewrite(ctx, tcp, &options, &decision) => {
+            after.told = before.told;
+            after.told_edge = before.told_edge;
+            AckGateVerdict::Held
+        }
+        AckVerdict::Lowered => AckGateVerdict::Lowered,
+        AckVerdict::Passed => AckGateVerdict::Passed,
+    };
+    store(slot, &before, &after);
+    verdict
+}
+
+#[inline(always)]
+fn is_syn_ack(tcp: &TcpPart) -> bool {
+    const SYN_ACK: u8 = tcp_flags::SYN | tcp_flags::ACK;
+    tcp.flags & SYN_ACK == SYN_ACK
+}
+
+#[inline(always)]
+fn open(
+    ctx: &TcContext,
+    frame: &Classified,
+    tcp: &TcpPart,
+    guarded: Option<Guarded>,
+    now_ns: u64,
+) -> AckGateVerdict {
+    let verdict = syn_ack_decide(tcp.ack, guarded, is_guarding());
+    if guarded.is_some() && !matches!(verdict, AckGateVerdict::Passed) {
+        // A later connection of the same addresses and ports: what was known of the old one would
+        // lower its acknowledgements to nonsense. Fails where the agent was faster.
+        let _ = GUARDED.remove(tcp.flow);
+    }
+    match verdict {
+        AckGateVerdict::Opening if !report(ctx, frame, tcp, OpeningKind::Held, now_ns) => {
+            AckGateVerdict::OpeningLost
+        }
+        AckGateVerdict::Open => {
+            // Lost, the flow stays unprotected.
+            report(ctx, frame, tcp, OpeningKind::Passed, now_ns);
+            AckGateVerdict::Open
+        }
+        verdict => verdict,
+    }
+}
+
+/// Puts the headers of a SYN or SYN-ACK into the ring; `false` where it is full.
+#[inline(always)]
+fn report(
+    ctx: &TcContext,
+    frame: &Classified,
+    tcp: &TcpPart,
+    kind: OpeningKind,
+    at_ns: u64,
+) -> bool {
+    let Some(mut event) = OPENINGS.reserve::<OpeningEvent>(0) else {
+        return false;
+    };
+    let len = (tcp.offset - frame.l3_offset + tcp.header_len) as u32;
+    let event_ptr = event.as_mut_ptr();
+    // SAFETY: the event is ours until submitted; its integers are written here, `len` bytes of the packet
+    // by `copy`, and readers go by `len`.
+    let copied = unsafe {
+        (&raw mut (*event_ptr).at_ns).write(at_ns);
+        (&raw mut (*event_ptr).flow).write(tcp.flow);
+        (&raw mut (*event_ptr).len).write(len);
+        (&raw mut (*event_ptr).kind).write(kind as u32);
+        copy(
+            ctx,
+            frame.l3_offset,
+            (&raw mut (*event_ptr).packet).cast(),
+            len,
+        )
+    };
+    if copied {
+        event.submit(0);
+    } else {
+        event.discard(0);
+    }
+    copied
+}
+
+/// Copies headers; `false` where they do not fit or are not there.
+///
+/// # Safety
+/// `to` has `OPENING_CAPTURE` bytes.
+#[inline(always)]
+unsafe fn copy(ctx: &TcContext, offset: usize, to: *mut u8, len: u32) -> bool {
+    // Opaque to the optimiser, and bounded less one: see the same in `xdp`.
+    let last = core::hint::black_box(len.wrapping_sub(1));
+    if last >= OPENING_CAPTURE as u32 {
+        return false;
+    }
+    // SAFETY: `to` has room for `OPENING_CAPTURE` bytes, `last + 1` is no more, and not 0.
+    unsafe { bpf_skb_load_bytes(ctx.skb.skb.cast(), offset as u32, to.cast(), last + 1) == 0 }
+}
+
+/// Makes a segment say what was decided; `false` where it could not be written.
+#[inline(always)]
+fn rewrite(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions, decision: &AckDecision) -> bool {
+    if decision.ack != tcp.ack {
+        let (from, to) = (tcp.ack.to_be_bytes(), decision.ack.to_be_bytes());
+        if !replace4(ctx, tcp, tcp.offset + ACK_OFFSET, from, to) {
+            return false;
+        }
+    }
+    if decision.window != tcp.window {
+        let (from, to) = (tcp.window.to_be_bytes(), decision.window.to_be_bytes());
+        if !replace2(ctx, tcp, tcp.offset + WINDOW_OFFSET, from, to) {
+            return false;
+        }
+    }
+    options.sack_offset == 0 || erase_sack(ctx, tcp, options)
+}
+
+/// Overwrites the SACK option, kind and length and then its words, by NOPs.
+///
+/// The kernel that sent it says what *it* holds; the client would not send such bytes again to a standby
+/// that lacks them. Linux aligns options, so each piece lies at an even offset, as the checksum needs it.
+#[inline(always)]
+fn erase_sack(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions) -> bool {
+    let Ok(head) = ctx.load::<[u8; 2]>(options.sack_offset) else {
+        return false;
+    };
+    if !replace2(ctx, tcp, options.sack_offset, head, [1; 2]) {
+        return false;
+    }
+    for word in 0..SACK_WORDS_MAX {
+        let at = 2 + word * 4;
+        if at >= options.sack_len {
+            break;
+        }
+        let offset = options.sack_offset + at;
+        let Ok(from) = ctx.load::<[u8; 4]>(offset) else {
+            return false;
+        };
+        if !replace4(ctx, tcp, offset, from, [1; 4]) {
+            return false;
+        }
+    }
+    true
+}
+
+#[inline(always)]
+fn replace4(ctx: &TcContext, tcp: &TcpPart, offset: usize, from: [u8; 4], to: [u8; 4]) -> bool {
+    let (old, new) = (u32::from_ne_bytes(from), u32::from_ne_bytes(to));
+    let checksum = tcp.offset + CHECKSUM_OFFSET;
+    let adjusted = ctx.l4_csum_replace(checksum, u64::from(old), u64::from(new), 4);
+    adjusted.is_ok() && ctx.store(offset, &to, 0).is_ok()
+}
+
+#[inline(always)]
+fn replace2(ctx: &TcContext, tcp: &TcpPart, offset: usize, from: [u8; 2], to: [u8; 2]) -> bool {
+    let (old, new) = (u16::from_ne_bytes(from), u16::from_ne_bytes(to));
+    let checksum = tcp.offset + CHECKSUM_OFFSET;
+    let adjusted = ctx.l4_csum_replace(checksum, u64::from(old), u64::from(new), 2);
+    adjusted.is_ok() && ctx.store(offset, &to, 0).is_ok()
+}
+
+/// What a slot holds. A word that another CPU is writing is read old or new.
+#[inline(always)]
+fn load(slot: *mut Sent) -> Sent {
+    // SAFETY: the pointer is to an element of the array `SENT`: integers only, always initialised.
+    unsafe { read_volatile(slot) }
+}
+
+/// Writes what a segment of the kernel changed, for the agent to see all of it or nothing: `version` is
+/// odd in between.
+#[inline(always)]
+fn store(slot: *mut Sent, before: &Sent, after: &Sent) {
+    let writing = before.version | 1;
+    // SAFETY: the pointer is to an element of the array `SENT`. Volatile, so that the writes stay in
+    // their order. Should two segments of a flow pass at once after all, as those of a connection in
+    // TIME-WAIT can, the version still ends even.
+    unsafe {
+        write_volatile(&raw mut (*slot).version, writing);
+        write_volatile(&raw mut (*slot).at_ns, after.at_ns);
+        write_volatile(&raw mut (*slot).next, after.next);
+        write_volatile(&raw mut (*slot).ack, after.ack);
+        write_volatile(&raw mut (*slot).edge, after.edge);
+        write_volatile(&raw mut (*slot).tsval, after.tsval);
+        write_volatile(&raw mut (*slot).tsecr, after.tsecr);
+        write_volatile(&raw mut (*slot).flags, after.flags);
+        // A released ACK on another CPU writes these too: leave them alone where they did not change.
+        if (after.told, after.told_edge) != (before.told, before.told_edge) {
+            store_told(slot, after);
+        }
+        write_volatile(&raw mut (*slot).version, writing.wrapping_add(1));
+    }
+}
+
+/// Writes what the client was told.
+#[inline(always)]
+fn store_told(slot: *mut Sent, sent: &Sent) {
+    // SAFETY: the pointer is to an element of the array `SENT`. Volatile: each word is written once.
+    unsafe {
+        write_volatile(&raw mut (*slot).told, sent.told);
+        write_volatile(&raw mut (*slot).told_edge, sent.told_edge);
+    }
+}

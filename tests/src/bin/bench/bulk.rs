@@ -1,0 +1,128 @@
+//! Bulk data between a client and the virtual IP, as fast as it goes.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use socket2::SockRef;
+use tests::agent::port;
+use tests::client::connect;
+
+use crate::meter::{Reading, Usage};
+use crate::site::{Site, pin_client};
+
+/// How long a load runs before it is measured, and while it is.
+const WARM_UP: Duration = Duration::from_millis(300);
+const SPAN: Duration = Duration::from_millis(1500);
+/// After the connections are closed, until the next load.
+const SETTLE: Duration = Duration::from_millis(200);
+/// SO_SNDBUF of the client, bytes: more than the service's window, and little against what is sent,
+/// so that what was written is what was transferred.
+const SEND_BUFFER: usize = 256 << 10;
+/// Bytes per call.
+const CHUNK: usize = 64 << 10;
+
+/// Which way the data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Client to `discard`.
+    Up,
+    /// `chargen` to client.
+    Down,
+}
+
+impl Way {
+    /// Both.
+    pub const ALL: [Way; 2] = [Way::Up, Way::Down];
+
+    /// As the tables call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Way::Up => "up",
+            Way::Down => "down",
+        }
+    }
+}
+
+/// What was transferred, and what it cost.
+pub struct Bulk {
+    /// Gbit/s of payload, all connections together.
+    pub gigabits: f64,
+    /// What else happened meanwhile.
+    pub usage: Usage,
+}
+
+/// Loads so many connections one way.
+///
+/// # Errors
+/// When a connection fails, or stands still.
+pub fn load(site: &Site, way: Way, connections: usize) -> Result<Bulk> {
+    let port = match way {
+        Way::Up => port::DISCARD,
+        Way::Down => port::CHARGEN,
+    };
+    let clients = (0..connections)
+        .map(|_| {
+            let client = connect(&site.lab, port)?;
+            SockRef::from(&client).set_send_buffer_size(SEND_BUFFER)?;
+            Ok(client)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let moved: Vec<AtomicU64> = clients.iter().map(|_| AtomicU64::new(0)).collect();
+    let stop = AtomicBool::new(false);
+    let outcome = std::thread::scope(|scope| {
+        let movers: Vec<_> = clients
+            .iter()
+            .zip(&moved)
+            .map(|(client, moved)| {
+                let stop = &stop;
+                scope.spawn(move || transfer(client, way, moved, stop))
+            })
+            .collect();
+        let measured = observe(site, &moved);
+        stop.store(true, Ordering::Relaxed);
+        for mover in movers {
+            mover.join().ok().context("a client panicked")??;
+        }
+        measured
+    });
+    drop(clients);
+    std::thread::sleep(SETTLE);
+    outcome
+}
+
+fn observe(site: &Site, moved: &[AtomicU64]) -> Result<Bulk> {
+    let bytes = || moved.iter().map(|each| each.load(Ordering::Relaxed));
+    std::thread::sleep(WARM_UP);
+    let before = Reading::take(site)?;
+    let (bytes_before, began) = (bytes().collect::<Vec<_>>(), Instant::now());
+    std::thread::sleep(SPAN);
+    let (bytes_after, elapsed) = (bytes().collect::<Vec<_>>(), began.elapsed());
+    let usage = Reading::take(site)?.since(&before);
+    let each = bytes_after.iter().zip(&bytes_before).map(|(a, b)| a - b);
+    ensure!(
+        each.clone().all(|bytes| bytes > 0),
+        "a connection stood still for {elapsed:?}: bytes of each {:?}",
+        each.collect::<Vec<_>>()
+    );
+    Ok(Bulk {
+        gigabits: each.sum::<u64>() as f64 * 8.0 / 1e9 / elapsed.as_secs_f64(),
+        usage,
+    })
+}
+
+fn transfer(mut client: &TcpStream, way: Way, moved: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+    pin_client()?;
+    let mut chunk = vec![0x5a; CHUNK];
+    while !stop.load(Ordering::Relaxed) {
+        let count = match way {
+            Way::Up => client.write(&chunk).context("sending")?,
+            Way::Down => client.read(&mut chunk).context("receiving")?,
+        };
+        ensure!(count > 0, "the service has closed");
+        moved.fetch_add(count as u64, Ordering::Relaxed);
+    }
+    Ok(())
+}
