@@ -127,7 +127,7 @@ pub struct GuardCensus {
     pub refused: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Syn {
     isn: u32,
     window: u16,
@@ -374,12 +374,12 @@ impl Guard {
             return;
         }
         // Without its SYN the client's options are not known: the client repeats it.
-        let Some(syn) = self.syn_of(flow, segment) else {
+        let Some(open) = self.open_of(flow, segment) else {
             return;
         };
         if let Some(known) = self.flows.get_mut(&flow)
-            && known.client_isn == syn.isn
-            && known.active_isn == segment.seq
+            && known.client_isn == open.client_isn
+            && known.active_isn == open.active_isn
         {
             // The kernel repeats it; its timestamp is newer.
             if let Phase::Opening { answer, .. } = &mut known.phase {
@@ -387,14 +387,6 @@ impl Guard {
             }
             return;
         }
-        let open = Open {
-            flow,
-            client_isn: syn.isn,
-            active_isn: segment.seq,
-            client_window: syn.window,
-            client: syn.options,
-            active: segment.options,
-        };
         self.forget(flow, fx);
         let Some(slot) = self.free.pop_front() else {
             self.refused += 1;
@@ -412,9 +404,17 @@ impl Guard {
         self.repeats.insert((now + REPEAT, flow));
     }
 
-    fn syn_of(&self, flow: FlowKey, answer: &Segment<'_>) -> Option<Syn> {
+    /// What both sides of a handshake have said, if the SYN that is answered was seen.
+    fn open_of(&self, flow: FlowKey, answer: &Segment<'_>) -> Option<Open> {
         let syn = self.syns.get(&flow)?;
-        (answer.ack == Some(syn.isn.wrapping_add(1))).then_some(*syn)
+        (answer.ack == Some(syn.isn.wrapping_add(1))).then_some(Open {
+            flow,
+            client_isn: syn.isn,
+            active_isn: answer.seq,
+            client_window: syn.window,
+            client: syn.options,
+            active: answer.options,
+        })
     }
 
     /// A SYN-ACK left while the gate was open. The flow is noted from its first byte on, so that it can be
@@ -426,16 +426,8 @@ impl Guard {
         now: Nanos,
         fx: &mut impl GuardEffects,
     ) {
-        let Some(syn) = self.syn_of(flow, segment) else {
+        let Some(open) = self.open_of(flow, segment) else {
             return;
-        };
-        let open = Open {
-            flow,
-            client_isn: syn.isn,
-            active_isn: segment.seq,
-            client_window: syn.window,
-            client: syn.options,
-            active: segment.options,
         };
         self.forget(flow, fx);
         let Some(slot) = self.free.pop_front() else {
@@ -446,7 +438,7 @@ impl Guard {
         let guarded = known.guarded();
         self.flows.insert(flow, known);
         self.syns.remove(&flow);
-        let sent = Sent::new(syn.isn, segment.seq, segment.window).at(now);
+        let sent = Sent::new(open.client_isn, open.active_isn, segment.window).at(now);
         if !(fx.start(slot, sent)
             && fx.confirm(slot, Confirmation::OPEN)
             && fx.publish(flow, guarded))
