@@ -220,8 +220,9 @@ async fn attach_and_serve(
     metrics_port: TcpListener,
     stop: &mut mpsc::Receiver<&'static str>,
 ) -> Result<(), Fatal> {
-    tap::attach(config, programs)?;
-    let xdp_mode = programs.attach_xdp(&config.interface)?;
+    tap::attach(config, tap, programs)?;
+    let mode = config.xdp.unwrap_or(netif.xdp_mode);
+    let xdp_mode = programs.attach_ingress(&config.interface, mode)?;
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
     }

@@ -5,10 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
+
+use crate::bpf::XdpMode;
 
 /// `IFA_PROTO` of a VIP that the agent configured ("R"): a later run knows by it what to remove. Values
 /// up to 3 are the kernel's (`include/uapi/linux/if_addr.h`).
@@ -160,6 +164,24 @@ impl fmt::Display for Subnet {
     }
 }
 
+/// Native, but on a veth: an XDP program there makes the other end cut super-frames (`veth_xdp_set` in
+/// drivers/net/veth.c takes `NETIF_F_GSO_SOFTWARE` from it), and one of 64 KiB is handled at the price of
+/// some 45 frames. `docs/benchmarks.md` has what that costs.
+fn xdp_mode(link: &LinkMessage) -> XdpMode {
+    let mut info = link
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(info) => Some(info),
+            _ => None,
+        });
+    if info.any(|info| info.contains(&LinkInfo::Kind(InfoKind::Veth))) {
+        XdpMode::Tc
+    } else {
+        XdpMode::Native
+    }
+}
+
 /// What [`Netif::add_vip`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VipAddress {
@@ -180,6 +202,8 @@ pub struct Netif {
     pub mac: [u8; 6],
     /// Bytes of payload per frame.
     pub mtu: u32,
+    /// How frames are best caught there.
+    pub xdp_mode: XdpMode,
     /// Its IPv4 addresses at the time of [`Netif::new`].
     pub addresses: Vec<Subnet>,
     handle: Handle,
@@ -235,6 +259,7 @@ impl Netif {
             index,
             mac,
             mtu,
+            xdp_mode: xdp_mode(&link),
             addresses,
             handle,
         })

@@ -60,12 +60,12 @@ pub fn frame_source(config: &Config, tap: &Netif) -> FrameSource {
     }
 }
 
-/// Attaches what the tap takes besides the gate and the XDP program of the VIP's interface. A sync
+/// Attaches what the tap takes besides the gate and what catches frames on the VIP's interface. A sync
 /// interface gets both, too: a host answers for its addresses on every link.
 ///
 /// # Errors
-/// As [`Programs::attach_gate`] and [`Programs::attach_xdp`].
-pub fn attach(config: &Config, programs: &mut Programs) -> Result<(), BpfError> {
+/// As [`Programs::attach_gate`] and [`Programs::attach_ingress`].
+pub fn attach(config: &Config, tap: &Netif, programs: &mut Programs) -> Result<(), BpfError> {
     let Tap::Mirror(mirror) = &config.tap else {
         return match config.protect {
             // It tells the ACK gate's guard of new connections.
@@ -77,7 +77,7 @@ pub fn attach(config: &Config, programs: &mut Programs) -> Result<(), BpfError> 
     programs.attach_mirror(&config.interface)?;
     if let Some(name) = &mirror.sync_interface {
         programs.attach_gate(name)?;
-        programs.attach_xdp(name)?;
+        programs.attach_ingress(name, config.xdp.unwrap_or(tap.xdp_mode))?;
     }
     Ok(())
 }

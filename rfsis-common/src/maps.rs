@@ -277,6 +277,8 @@ pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
 pub mod names {
     /// XDP program, ingress.
     pub const XDP: &str = "rfsis_xdp";
+    /// TC program, ingress: does what [`XDP`] and [`MIRROR_PROGRAM`] do.
+    pub const INGRESS: &str = "rfsis_ingress";
     /// TC program, egress.
     pub const GATE: &str = "rfsis_gate";
     /// TC program, ingress: copies input to the standby.

@@ -1,13 +1,15 @@
 //! The programs of RFSIS in the kernel. Thin: parse (`rfsis_common::frame`), look up ([`maps`]),
 //! decide (`rfsis_common::verdict`), act, count.
 //!
-//! Read [`xdp`] (ingress: who sees a frame), [`gate`] (egress: who may speak), [`ack_gate`] (what a client
-//! is told) and [`mirror`] (what the active copies to the standby).
+//! Read [`xdp`] and [`ingress`] (the two hooks on ingress), [`capture`] (who sees a frame), [`gate`] (egress:
+//! who may speak), [`ack_gate`] (what a client is told) and [`mirror`] (what the active copies to the standby).
 #![no_std]
 #![no_main]
 
 mod ack_gate;
+mod capture;
 mod gate;
+mod ingress;
 mod maps;
 mod mirror;
 mod skb;

@@ -33,24 +33,30 @@ use crate::maps::{
 };
 use crate::skb::{SkbFrame, is_for_this_host, is_tagged};
 
-/// Filter on clsact ingress, with tap `mirror` or an ACK gate. It sees what XDP has passed, before anybody
-/// else.
+/// Filter on clsact ingress behind XDP, with tap `mirror` or an ACK gate. It sees what XDP has passed,
+/// before anybody else.
 #[classifier]
 pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     let frame = classify(&SkbFrame(&ctx), vip());
-    if matches!(frame.direction, Direction::FromVip) || !is_for_this_host(&ctx) {
-        return TC_ACT_UNSPEC;
-    }
     // SAFETY: the helper takes nothing and cannot fail.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    if !is_tagged(&ctx) {
-        ack_gate::notice(&ctx, &frame, now_ns);
-    }
-    if offer(&ctx, &frame, now_ns) {
+    if process(&ctx, &frame, now_ns) {
         TC_ACT_UNSPEC
     } else {
         TC_ACT_SHOT
     }
+}
+
+/// Notices and copies what comes in. `false` as of [`offer`].
+#[inline(always)]
+pub fn process(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
+    if matches!(frame.direction, Direction::FromVip) || !is_for_this_host(ctx) {
+        return true;
+    }
+    if !is_tagged(ctx) {
+        ack_gate::notice(ctx, frame, now_ns);
+    }
+    offer(ctx, frame, now_ns)
 }
 
 /// Copies a frame to the standby if it is to have one. `false` where the frame could not be put back

@@ -1,25 +1,19 @@
-//! Ingress: who sees a frame.
+//! Ingress, by XDP in the driver.
 //!
 //! Bytes are read by `bpf_xdp_load_bytes` (Linux 5.18), never by packet pointers: the headers of a
 //! multi-buffer frame need not lie in its first buffer.
 
 use aya_ebpf::{
     bindings::xdp_action,
-    helpers::generated::{bpf_ktime_get_ns, bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
+    helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
     macros::xdp,
     programs::XdpContext,
 };
-use aya_log_ebpf::warn;
 use core::mem::MaybeUninit;
-use rfsis_common::frame::{Classified, Frame, classify};
-use rfsis_common::maps::{
-    FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, NodeState, State,
-};
-use rfsis_common::verdict::{XdpAction, XdpVerdict, xdp_decide};
+use rfsis_common::frame::{Frame, classify};
 
-use crate::maps::{
-    FRAMES, HEARTBEATS, LIVE_FLOWS, LOST_FLOWS, count_xdp, node_state, vip, worth_logging,
-};
+use crate::capture::{Captured, capture};
+use crate::maps::vip;
 
 struct XdpFrame<'a>(&'a XdpContext);
 
@@ -30,13 +24,8 @@ impl Frame for XdpFrame<'_> {
         // SAFETY: `bytes` has room for N; the helper fails where the frame ends before `offset + N`
         // and has filled all of it otherwise.
         unsafe {
-            let result = bpf_xdp_load_bytes(
-                self.0.ctx,
-                offset as u32,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-            );
-            (result == 0).then(|| bytes.assume_init())
+            self.copy(offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+                .then(|| bytes.assume_init())
         }
     }
 
@@ -47,192 +36,35 @@ impl Frame for XdpFrame<'_> {
     }
 }
 
+impl Captured for XdpFrame<'_> {
+    type Context = XdpContext;
+
+    #[inline(always)]
+    fn context(&self) -> &XdpContext {
+        self.0
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.0.ingress_ifindex() as u32
+    }
+
+    #[inline(always)]
+    unsafe fn copy(&self, offset: u32, to: *mut u8, len: u32) -> bool {
+        // SAFETY: the context is the one that the kernel gave, `to` has `len` bytes.
+        unsafe { bpf_xdp_load_bytes(self.0.ctx, offset, to.cast(), len) == 0 }
+    }
+}
+
 /// `frags` (Linux 5.18): multi-buffer frames are welcome (jumbo MTU on veth, receive aggregation on
 /// NICs).
 #[xdp(frags)]
 pub fn rfsis_xdp(ctx: XdpContext) -> u32 {
     let frame = XdpFrame(&ctx);
     let class = classify(&frame, vip());
-    let node = node_state();
-    // SAFETY: only presence is asked; the value is not read.
-    let action = xdp_decide(&class, node.state(), |tcp| unsafe {
-        LIVE_FLOWS.get(tcp.flow).is_some()
-    });
-    match action {
-        XdpAction::Pass(verdict) => {
-            count_xdp(verdict);
-            xdp_action::XDP_PASS
-        }
-        XdpAction::Mirror => {
-            mirror(&frame, &class, &node);
-            xdp_action::XDP_DROP
-        }
-        XdpAction::Heartbeat => {
-            heartbeat(&frame);
-            xdp_action::XDP_DROP
-        }
-    }
-}
-
-/// Copies a frame to the ring; where that fails, says which flow lost it.
-#[inline(always)]
-fn mirror(frame: &XdpFrame<'_>, class: &Classified, node: &NodeState) {
-    let header = FrameHeader {
-        arrival_ns: now_ns(),
-        len: frame.frame_len() as u32,
-        ifindex: ifindex(frame),
-        direction: class.direction as u16,
-        state: node.state() as u16,
-        l3_offset: class.l3_offset as u32,
-    };
-    if copy_to_ring(frame, &header) {
-        let count = count_xdp(XdpVerdict::Mirrored);
-        if node.state >= State::ALL.len() as u64 && worth_logging(count) {
-            warn!(
-                frame.0,
-                "STATE holds {}, which is no state: read as standby", node.state
-            );
-        }
-        return;
-    }
-    let count = count_xdp(XdpVerdict::MirrorLost);
-    if let Some(tcp) = class.tcp() {
-        // Cannot fail: an LRU map makes room.
-        let _ = LOST_FLOWS.insert(tcp.flow, header.arrival_ns, 0);
-    }
-    if worth_logging(count) {
-        warn!(
-            frame.0,
-            "frame ring full: {} copies lost on this CPU, the last of {} bytes", count, header.len
-        );
-    }
-}
-
-/// The smallest slot that holds the frame: a reservation is of constant size.
-#[inline(always)]
-fn copy_to_ring(frame: &XdpFrame<'_>, header: &FrameHeader) -> bool {
-    const ROOM: [usize; 4] = [
-        FRAME_SLOTS[0] - FRAME_HEADER_LEN,
-        FRAME_SLOTS[1] - FRAME_HEADER_LEN,
-        FRAME_SLOTS[2] - FRAME_HEADER_LEN,
-        FRAME_SLOTS[3] - FRAME_HEADER_LEN,
-    ];
-    let len = header.len as usize;
-    if len <= ROOM[0] {
-        copy_to_slot::<{ ROOM[0] }>(frame, header)
-    } else if len <= ROOM[1] {
-        copy_to_slot::<{ ROOM[1] }>(frame, header)
-    } else if len <= ROOM[2] {
-        copy_to_slot::<{ ROOM[2] }>(frame, header)
+    if capture(&frame, &class) {
+        xdp_action::XDP_PASS
     } else {
-        copy_to_slot::<{ ROOM[3] }>(frame, header)
+        xdp_action::XDP_DROP
     }
-}
-
-/// Most bytes, and the last offset, of one `bpf_xdp_load_bytes` (`bpf_xdp_pointer` in
-/// net/core/filter.c). A super-frame with its Ethernet header may be longer: it takes two.
-const LOAD_MAX: usize = 0xffff;
-const HALF: u32 = 0x8000;
-
-#[repr(C)]
-struct Slot<const ROOM: usize> {
-    header: FrameHeader,
-    frame: [u8; ROOM],
-}
-
-#[inline(always)]
-fn copy_to_slot<const ROOM: usize>(frame: &XdpFrame<'_>, header: &FrameHeader) -> bool {
-    let Some(mut slot) = FRAMES.reserve::<Slot<ROOM>>(0) else {
-        return false;
-    };
-    let slot_ptr = slot.as_mut_ptr();
-    // SAFETY: the slot is ours until submitted; the header is written, the frame's `header.len`
-    // bytes by `copy`. The rest of the slot is never read: readers go by `len`.
-    let copied = unsafe {
-        (&raw mut (*slot_ptr).header).write(*header);
-        let to: *mut u8 = (&raw mut (*slot_ptr).frame).cast();
-        if ROOM <= LOAD_MAX || header.len as usize <= LOAD_MAX {
-            copy(frame, 0, to, header.len, ROOM as u32)
-        } else {
-            copy(frame, 0, to, HALF, ROOM as u32)
-                && copy(
-                    frame,
-                    HALF,
-                    to.add(HALF as usize),
-                    header.len - HALF,
-                    ROOM as u32 - HALF,
-                )
-        }
-    };
-    if copied {
-        slot.submit(0);
-    } else {
-        slot.discard(0);
-    }
-    copied
-}
-
-/// Copies `len` bytes of the frame from `offset` on; `false` where they do not fit or are not there.
-///
-/// # Safety
-/// `to` has `room` bytes.
-#[inline(always)]
-unsafe fn copy(frame: &XdpFrame<'_>, offset: u32, to: *mut u8, len: u32, room: u32) -> bool {
-    // Opaque to the optimiser, so that the bounds below are tested on the very register that the
-    // helper gets: the verifier knows the range of a register, not of the value it was made from.
-    // Before Linux 6.8 it learns nothing from a comparison with 0 that fails, either, and the helper
-    // refuses a length that may be 0: so the length less one is bounded, and one is added.
-    let last = core::hint::black_box(len.wrapping_sub(1));
-    if last >= room {
-        return false;
-    }
-    let len = last + 1;
-    // SAFETY: `to` has `room` bytes, `len` is no more, and not 0.
-    unsafe { bpf_xdp_load_bytes(frame.0.ctx, offset, to.cast(), len) == 0 }
-}
-
-#[inline(always)]
-fn heartbeat(frame: &XdpFrame<'_>) {
-    let Some(mut event) = HEARTBEATS.reserve::<HeartbeatEvent>(0) else {
-        let count = count_xdp(XdpVerdict::HeartbeatLost);
-        if worth_logging(count) {
-            warn!(frame.0, "heartbeat ring full: {} lost on this CPU", count);
-        }
-        return;
-    };
-    let len = (frame.frame_len() as u32).min(HEARTBEAT_CAPTURE as u32);
-    let event_ptr = event.as_mut_ptr();
-    // SAFETY: the event is ours until submitted; its integers are written here, `len` bytes of the
-    // frame by `copy`, and readers go by `len`.
-    let copied = unsafe {
-        (&raw mut (*event_ptr).arrival_ns).write(now_ns());
-        (&raw mut (*event_ptr).len).write(len);
-        (&raw mut (*event_ptr).ifindex).write(ifindex(frame));
-        copy(
-            frame,
-            0,
-            (&raw mut (*event_ptr).frame).cast(),
-            len,
-            HEARTBEAT_CAPTURE as u32,
-        )
-    };
-    if copied {
-        event.submit(0);
-        count_xdp(XdpVerdict::Heartbeat);
-    } else {
-        event.discard(0);
-        count_xdp(XdpVerdict::HeartbeatLost);
-    }
-}
-
-/// CLOCK_MONOTONIC, ns.
-#[inline(always)]
-fn now_ns() -> u64 {
-    // SAFETY: the helper takes nothing and cannot fail.
-    unsafe { bpf_ktime_get_ns() }
-}
-
-#[inline(always)]
-fn ifindex(frame: &XdpFrame<'_>) -> u32 {
-    frame.0.ingress_ifindex() as u32
 }

@@ -63,6 +63,8 @@ pub struct Settings {
     pub key: String,
     /// How the standby gets the VIP's frames.
     pub tap: Tap,
+    /// By XDP though the interfaces are veth, where the agent would have TC catch the frames.
+    pub native_xdp: bool,
     /// Whether clients' ACKs wait for the standby: `sync`, else `async`.
     pub sync: bool,
     /// How long the standby may be silent before clients no longer wait for it, as the config writes it;
@@ -86,6 +88,7 @@ impl Default for Settings {
             cluster: "lab".into(),
             key: "a key for tests only, 32 bytes or more".into(),
             tap: Tap::Lan,
+            native_xdp: true,
             sync: false,
             protect_timeout: None,
             udp_replay: None,
@@ -112,6 +115,7 @@ impl Settings {
             cluster,
             key,
             tap,
+            native_xdp,
             sync,
             protect_timeout,
             udp_replay,
@@ -127,6 +131,7 @@ impl Settings {
         let mut text = format!(
             "cluster: {cluster}\n\
              interface: eth0\n\
+             xdp: {}\n\
              virtual_ip: {VIP}/24\n\
              nodes: [{}]\n\
              key: {key:?}\n\
@@ -137,6 +142,7 @@ impl Settings {
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
              services:\n",
+            if *native_xdp { "native" } else { "auto" },
             nodes.join(", "),
             tap.yaml(),
             if *sync { "sync" } else { "async" },

@@ -13,9 +13,10 @@ pub enum Wiring {
     MirrorAsync,
     /// The same with the ACK gate: `protect: sync`, as by default.
     Mirror,
-    /// The same, with super-frames and unfinished checksums as network cards have them.
+    /// The same, with super-frames and unfinished checksums as network cards have them; TC catches them, as on
+    /// any veth.
     MirrorOffloaded,
-    /// The same, with the copies on a cable of their own between the nodes.
+    /// The same as [`Wiring::Mirror`], with the copies on a cable of their own between the nodes; TC.
     MirrorOverSyncLink,
 }
 
@@ -52,6 +53,7 @@ impl Wiring {
                 Wiring::MirrorAsync | Wiring::Mirror | Wiring::MirrorOffloaded => Tap::Mirror,
                 Wiring::MirrorOverSyncLink => Tap::MirrorOver(SYNC_INTERFACE),
             },
+            native_xdp: !matches!(self, Wiring::MirrorOffloaded | Wiring::MirrorOverSyncLink),
             sync: !matches!(self, Wiring::Lan | Wiring::MirrorAsync),
             ..Settings::default()
         }

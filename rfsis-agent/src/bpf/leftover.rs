@@ -14,7 +14,7 @@ use super::error::{BpfError, os_error};
 const GENERIC: u32 = 1 << 1;
 const NATIVE: u32 = 1 << 2;
 
-/// Detaches what is left of an agent that did not stop cleanly: its XDP program, gate and mirror, and
+/// Detaches what is left of an agent that did not stop cleanly: its XDP program and its filters, and
 /// the clsact qdisc if nothing else hangs on it. Remove the VIP first: until then only the gate is silent.
 ///
 /// # Errors
@@ -36,14 +36,14 @@ fn connect() -> Result<Handle, BpfError> {
     Ok(handle)
 }
 
-/// Detaches mirror and gate by their names; the clsact qdisc too where `with_clsact`, a gate was there,
+/// Detaches all filters by their names; the clsact qdisc too where `with_clsact`, a gate was there,
 /// and nothing else hangs on it.
 pub(super) async fn remove_filters(interface: &str, with_clsact: bool) -> Result<(), BpfError> {
     let Ok(index) = nix::net::if_::if_nametoindex(interface) else {
         // The filters went with the interface.
         return Ok(());
     };
-    remove_filter(interface, TcAttachType::Ingress, names::MIRROR_PROGRAM)?;
+    remove_ingress(interface)?;
     let had_gate = remove_filter(interface, TcAttachType::Egress, names::GATE)?;
     if had_gate && with_clsact {
         remove_empty_clsact(interface, index).await?;
@@ -51,12 +51,16 @@ pub(super) async fn remove_filters(interface: &str, with_clsact: bool) -> Result
     Ok(())
 }
 
+/// Detaches what is there on ingress.
+pub(super) fn remove_ingress(interface: &str) -> Result<(), BpfError> {
+    for name in [names::INGRESS, names::MIRROR_PROGRAM] {
+        remove_filter(interface, TcAttachType::Ingress, name)?;
+    }
+    Ok(())
+}
+
 /// Detaches a filter by the name of its program; `false` where there was none.
-pub(super) fn remove_filter(
-    interface: &str,
-    hook: TcAttachType,
-    name: &str,
-) -> Result<bool, BpfError> {
+fn remove_filter(interface: &str, hook: TcAttachType, name: &str) -> Result<bool, BpfError> {
     match qdisc_detach_program(interface, hook, name) {
         Ok(()) => Ok(true),
         Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),

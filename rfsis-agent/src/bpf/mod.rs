@@ -3,10 +3,11 @@
 //! The XDP program is held by a link and goes with the agent. The **gate** is a filter on clsact egress,
 //! attached by netlink with a fixed priority and handle: it outlives the agent, however that ends, and
 //! stays closed since nobody renews its lease. The next agent replaces it in place. So it is with the
-//! **mirror** on clsact ingress, which copies nothing without a lease either.
+//! **mirror** on clsact ingress, which copies nothing without a lease either, and with the program that is
+//! in its place, and in that of XDP, where TC catches the frames.
 //!
 //! Order of a start: [`Programs::load`] (state standby, so the gate is closed), [`Programs::attach_gate`],
-//! [`Programs::attach_xdp`], only then the VIP is configured. Order of a stop: the VIP is removed, then
+//! [`Programs::attach_ingress`], only then the VIP is configured. Order of a stop: the VIP is removed, then
 //! [`Programs::detach`].
 
 mod error;
@@ -81,25 +82,25 @@ pub struct MirrorParams {
     pub egress: MirrorEgress,
 }
 
-/// How the XDP program is attached.
+/// How frames are caught on ingress.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum XdpMode {
-    /// In the driver, before a socket buffer is made.
+    /// By XDP in the driver, before a socket buffer is made.
     Native,
-    /// In the kernel's receive path, for drivers without XDP.
-    Generic,
+    /// By TC, in the kernel's receive path: for drivers without XDP, and for veth.
+    Tc,
 }
 
 impl XdpMode {
     /// Both modes.
-    pub const ALL: [XdpMode; 2] = [XdpMode::Native, XdpMode::Generic];
+    pub const ALL: [XdpMode; 2] = [XdpMode::Native, XdpMode::Tc];
 
     /// The word used in logs, metrics and `status`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Native => "native",
-            Self::Generic => "generic",
+            Self::Tc => "tc",
         }
     }
 }
@@ -183,7 +184,7 @@ impl Programs {
         };
         let loaded = programs.xdp_program()?.load();
         loaded.map_err(|error| BpfError::from_load(names::XDP, &error))?;
-        for name in [names::GATE, names::MIRROR_PROGRAM] {
+        for name in [names::GATE, names::MIRROR_PROGRAM, names::INGRESS] {
             let loaded = programs.tc_program(name)?.load();
             loaded.map_err(|error| BpfError::from_load(name, &error))?;
         }
@@ -223,48 +224,55 @@ impl Programs {
         Ok(())
     }
 
-    /// Takes the mirror of a dead agent off an interface, if there is one.
+    /// Takes what a dead agent left on an interface's ingress, if there is something.
     ///
     /// # Errors
     /// No privilege.
     pub fn remove_mirror(&mut self, interface: &str) -> Result<(), BpfError> {
-        leftover::remove_filter(interface, TcAttachType::Ingress, names::MIRROR_PROGRAM).map(drop)
+        leftover::remove_ingress(interface)
     }
 
-    /// Attaches the XDP program: native mode first, then generic.
+    /// Catches what comes in on an interface, behind [`Programs::attach_gate`] on the same: in this mode,
+    /// and by TC where the driver takes no XDP program.
     ///
     /// # Errors
     /// No such interface, no privilege, another XDP program on it, or neither mode works.
-    pub fn attach_xdp(&mut self, interface: &str) -> Result<XdpMode, BpfError> {
-        let native = match self.attach_xdp_as(interface, XdpMode::Native) {
-            Ok(()) => return Ok(XdpMode::Native),
-            Err(error @ BpfError::Failed { .. }) => error,
-            Err(error) => return Err(error),
+    pub fn attach_ingress(&mut self, interface: &str, mode: XdpMode) -> Result<XdpMode, BpfError> {
+        let refused = match mode {
+            XdpMode::Tc => None,
+            XdpMode::Native => match self.attach_xdp(interface) {
+                Ok(()) => return Ok(mode),
+                Err(error @ BpfError::Failed { .. }) => Some(error),
+                Err(error) => return Err(error),
+            },
         };
-        self.attach_xdp_as(interface, XdpMode::Generic)?;
-        tracing::warn!(
+        let operation = || format!("attaching TC ingress to {interface}");
+        let ingress = self.tc_program(names::INGRESS)?;
+        let attached = filter::attach(ingress, interface, TcAttachType::Ingress);
+        let attached = attached.map_err(|error| filter_error(operation(), interface, &error))?;
+        tracing::info!(
             interface,
-            reason = %native,
-            "the driver does not take the XDP program: generic mode is used, which costs more CPU per frame"
+            replaced = attached.replaced,
+            "TC ingress attached"
         );
-        Ok(XdpMode::Generic)
+        if let Some(reason) = refused {
+            tracing::warn!(
+                interface,
+                %reason,
+                "the driver does not take the XDP program: TC catches the frames, which costs more CPU per frame"
+            );
+        }
+        Ok(XdpMode::Tc)
     }
 
-    /// Attaches the XDP program in one mode.
-    ///
-    /// # Errors
-    /// As [`Programs::attach_xdp`].
-    pub fn attach_xdp_as(&mut self, interface: &str, mode: XdpMode) -> Result<(), BpfError> {
+    fn attach_xdp(&mut self, interface: &str) -> Result<(), BpfError> {
         let Ok(index) = nix::net::if_::if_nametoindex(interface) else {
             return Err(interface_missing(interface));
         };
-        let aya_mode = match mode {
-            XdpMode::Native => AyaXdpMode::Driver,
-            XdpMode::Generic => AyaXdpMode::Skb,
-        };
-        match self.xdp_program()?.attach_to_if_index(index, aya_mode) {
+        let driver = AyaXdpMode::Driver;
+        match self.xdp_program()?.attach_to_if_index(index, driver) {
             Ok(link) => {
-                tracing::info!(interface, mode = mode.as_str(), "XDP program attached");
+                tracing::info!(interface, "XDP program attached");
                 self.xdp.push(link);
                 Ok(())
             }
@@ -274,10 +282,7 @@ impl Programs {
                     detail: error.to_string(),
                 },
                 Some(libc::ENODEV) => interface_missing(interface),
-                _ => BpfError::new(
-                    format!("attaching XDP to {interface} in {} mode", mode.as_str()),
-                    &error,
-                ),
+                _ => BpfError::new(format!("attaching XDP to {interface}"), &error),
             }),
         }
     }
@@ -449,6 +454,21 @@ impl Programs {
             .map(|result| result.return_value.cast_signed())
             .map_err(|error| BpfError::new("test run of the gate", &error))?;
         Ok((code, output))
+    }
+
+    /// Runs the TC program that catches frames, like [`Programs::test_xdp`]; gives its `TC_ACT_` code.
+    ///
+    /// # Errors
+    /// As [`Programs::test_xdp`].
+    pub fn test_ingress(&mut self, frame: &[u8]) -> Result<i32, BpfError> {
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ..TestRunOptions::default()
+        };
+        let result = self.tc_program(names::INGRESS)?.test_run(options);
+        result
+            .map(|result| result.return_value.cast_signed())
+            .map_err(|error| BpfError::new("test run of TC ingress", &error))
     }
 
     fn xdp_program(&mut self) -> Result<&mut Xdp, BpfError> {

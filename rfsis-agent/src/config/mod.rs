@@ -15,6 +15,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::bpf::XdpMode;
 pub use error::{ConfigError, ConfigErrors};
 use rfsis_common::mirror::MirrorEgress;
 
@@ -57,6 +58,8 @@ pub struct Config {
     pub cluster: String,
     /// Interface that carries the VIP.
     pub interface: String,
+    /// How frames are caught; `None`, the default, if the interface is to decide.
+    pub xdp: Option<XdpMode>,
     /// The virtual IP.
     pub virtual_ip: Ipv4Addr,
     /// Prefix length of the VIP's subnet, 1–30: the VIP and both nodes must fit.

@@ -12,6 +12,7 @@ use super::{
     ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protect,
     Protocol, Service, ShadowConfig, SyncConfig, Tap,
 };
+use crate::bpf::XdpMode;
 use crate::handler::HandlerKind;
 use rfsis_common::mirror::MirrorEgress;
 
@@ -206,6 +207,7 @@ impl<'a> Reader<'a> {
             &[
                 "cluster",
                 "interface",
+                "xdp",
                 "virtual_ip",
                 "nodes",
                 "key",
@@ -229,6 +231,18 @@ impl<'a> Reader<'a> {
             (fits && !text.chars().any(char::is_control)).then(|| text.to_owned())
         });
         let interface = self.required(&root, "interface", INTERFACE_EXPECTED, fields::interface);
+        let xdp = self.optional(
+            &root,
+            "xdp",
+            None,
+            "auto, native or off",
+            |text| match text {
+                "auto" => Some(None),
+                "native" => Some(Some(XdpMode::Native)),
+                "off" => Some(Some(XdpMode::Tc)),
+                _ => None,
+            },
+        );
         let virtual_ip = self.required(
             &root,
             "virtual_ip",
@@ -262,6 +276,7 @@ impl<'a> Reader<'a> {
         Some(Config {
             cluster: cluster?,
             interface: interface?,
+            xdp: xdp?,
             virtual_ip,
             prefix_len,
             nodes: nodes?,

@@ -192,6 +192,18 @@ fn a_mirror_goes_over_the_interface_of_the_vip_unless_told_otherwise() {
 }
 
 #[test]
+fn xdp_is_the_interfaces_choice_unless_told_otherwise() {
+    for (text, expected) in [
+        ("", None),
+        ("xdp: auto", None),
+        ("xdp: native", Some(XdpMode::Native)),
+        ("xdp: off", Some(XdpMode::Tc)),
+    ] {
+        assert_eq!(read(&with("", text)).unwrap().xdp, expected, "{text}");
+    }
+}
+
+#[test]
 fn protection_waits_for_a_takeover_time_unless_told_otherwise() {
     let sync = |text: &str| match read(&with("", text)).unwrap().protect {
         Protect::Sync(sync) => (sync.timeout, sync.port),
@@ -251,7 +263,7 @@ fn every_mistake_is_named_with_its_line() {
             "1: cluster: found nothing, expected a name of 1 to 64 characters".into(),
         ]),
         ("", "colour: red", vec![
-            "9: colour: found an unknown key, expected one of cluster, interface, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, protect_timeout, sync_port, udp_replay, heartbeat, services, shadow, metrics, control".into(),
+            "9: colour: found an unknown key, expected one of cluster, interface, xdp, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, protect_timeout, sync_port, udp_replay, heartbeat, services, shadow, metrics, control".into(),
         ]),
         ("", "interface: eth1", vec!["9: interface: found the key a second time, after line 2, expected it once".into()]),
         ("heartbeat", "heartbeat: { interval: 10ms, missed: 3, leese: 20ms }", vec![
@@ -283,6 +295,7 @@ fn every_mistake_is_named_with_its_line() {
         ("key", "key_file: /nonexistent", vec!["5: key_file: found /nonexistent: No such file or directory (os error 2), expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
         ("key", "key_file: /dev/null", vec!["5: key_file: found /dev/null: not a regular file, expected a readable regular file of 32 to 4096 bytes, mode 0600".into()]),
         // Tap and protection.
+        ("", "xdp: generic", vec!["9: xdp: found \"generic\", expected auto, native or off".into()]),
         ("", "tap: mirror\nmirror_egress: headers", vec!["10: mirror_egress: found \"headers\", expected handshake or full (a frame is copied whole or not at all)".into()]),
         ("", "tap: mirror\nsync_interface: eth0", vec!["10: sync_interface: found \"eth0\", expected another interface than the one with the virtual IP".into()]),
         ("", "tap: mirror\nsync_interface: a/b", vec!["10: sync_interface: found \"a/b\", expected an interface name of 1 to 15 characters like eth0".into()]),

@@ -150,10 +150,13 @@ impl fmt::Display for Status {
         )?;
         writeln!(
             f,
-            "virtual IP  {} on {} ({} XDP)",
+            "virtual IP  {} on {} ({})",
             self.virtual_ip,
             self.interface,
-            self.xdp_mode.as_str()
+            match self.xdp_mode {
+                XdpMode::Native => "native XDP",
+                XdpMode::Tc => "TC ingress",
+            }
         )?;
         match &self.peer {
             Some(peer) => writeln!(
@@ -238,7 +241,7 @@ pub(super) mod tests {
             epoch: 8,
             virtual_ip: Ipv4Addr::new(192, 168, 1, 100),
             interface: "eth0".into(),
-            xdp_mode: XdpMode::Generic,
+            xdp_mode: XdpMode::Tc,
             peer: Some(Peer {
                 node: Ipv4Addr::new(192, 168, 1, 1),
                 state: State::Fenced,
@@ -281,7 +284,7 @@ pub(super) mod tests {
                 "epoch": 8,
                 "virtual_ip": "192.168.1.100",
                 "interface": "eth0",
-                "xdp_mode": "generic",
+                "xdp_mode": "tc",
                 "peer": {
                     "node": "192.168.1.1",
                     "state": "fenced",
@@ -330,7 +333,7 @@ pub(super) mod tests {
             "\
 state       active, epoch 8, ready
 node        192.168.1.2, role backup, up 2h 5m
-virtual IP  192.168.1.100 on eth0 (generic XDP)
+virtual IP  192.168.1.100 on eth0 (TC ingress)
 peer        192.168.1.1, fenced, epoch 7, heard 12.5ms ago
 protection  degraded, 5 guarded, 2 exposed, 1 opening, sync channel heard 250.0ms ago
 flows       3 lockstep, 200 live, 0 handshake, 0 lagging, 0 diverged, 0 unprotected

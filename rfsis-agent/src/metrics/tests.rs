@@ -86,7 +86,7 @@ fn every_series_exists_before_anything_happened() {
         "rfsis_ack_gate_packets_total{verdict=\"opening_lost\"} 0",
         "rfsis_ring_dropped_total{ring=\"heartbeats\"} 0",
         "rfsis_gate_packets_total{verdict=\"held\"} 0",
-        "rfsis_xdp_mode{mode=\"generic\"} 0",
+        "rfsis_xdp_mode{mode=\"tc\"} 0",
     ] {
         assert!(text.lines().any(|line| line == series), "{series}\n{text}");
     }

@@ -18,6 +18,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{SetSockOpt as _, sockopt};
 use rfsis_common::maps::{FlowKey, State};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -31,9 +32,12 @@ use crate::handler::HandlerKind;
 use crate::metrics::Metrics;
 pub(crate) use datagram::LoopSources;
 
-/// `SO_RCVBUF` and `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel
-/// socket holds. The kernel doubles the number for its own bookkeeping, socket(7).
-const SOCKET_BUFFER: usize = 128 * 1024;
+/// `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel socket holds. The
+/// kernel doubles the number for its own bookkeeping, socket(7).
+const SEND_BUFFER: usize = 128 * 1024;
+/// `SO_RCVBUF` likewise. It bounds what a client may have under way, and with an ACK gate that lasts until
+/// the standby has confirmed it. A shadow stores [`crate::shadow::REORDER_LIMIT`] of input.
+const RECEIVE_BUFFER: usize = 512 * 1024;
 /// Handshakes done and not yet accepted; `net.core.somaxconn` bounds it too.
 const BACKLOG: i32 = 4096;
 /// Pause after an accept or receive error that will not go away by itself, such as EMFILE.
@@ -276,8 +280,11 @@ fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     // Before listen: accepted sockets inherit them, and the window scale is chosen from the first.
-    socket.set_recv_buffer_size(SOCKET_BUFFER)?;
-    socket.set_send_buffer_size(SOCKET_BUFFER)?;
+    // Beyond `net.core.rmem_max` where that is allowed; the agent may.
+    if sockopt::RcvBufForce.set(&socket, &RECEIVE_BUFFER).is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    }
+    socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;

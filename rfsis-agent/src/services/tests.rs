@@ -412,8 +412,8 @@ async fn sockets_hold_no_more_than_a_shadow_can_take() {
     let (accepted, _) = listener.accept().await.unwrap();
     let accepted = socket2::SockRef::from(&accepted);
     // Twice the number asked for, socket(7).
-    assert_eq!(accepted.recv_buffer_size().unwrap(), 2 * SOCKET_BUFFER);
-    assert_eq!(accepted.send_buffer_size().unwrap(), 2 * SOCKET_BUFFER);
+    assert_eq!(accepted.recv_buffer_size().unwrap(), 2 * RECEIVE_BUFFER);
+    assert_eq!(accepted.send_buffer_size().unwrap(), 2 * SEND_BUFFER);
     drop(client);
 }
 

@@ -32,7 +32,7 @@ fn attach_the_gate_and_die() {
     let lease_ns = lease_ms.parse::<u64>().unwrap() * 1_000_000;
     let mut programs = load();
     programs.attach_gate("eth0").unwrap();
-    programs.attach_xdp("eth0").unwrap();
+    programs.attach_ingress("eth0", XdpMode::Native).unwrap();
     set_state(&programs, State::Active, now_ns() + lease_ns);
     nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).unwrap();
 }
@@ -166,7 +166,7 @@ fn a_clean_stop_leaves_the_interface_as_it_was() {
             programs.attach_gate("eth0").unwrap();
             let netif = Netif::new("eth0").await.unwrap();
             assert_eq!(netif.add_vip(VIP, 24).await.unwrap(), VipAddress::Added);
-            programs.attach_xdp("eth0").unwrap();
+            programs.attach_ingress("eth0", XdpMode::Native).unwrap();
             assert!(run("ip link show dev eth0").contains("xdp"));
             assert_ne!(snapshot(), before);
             assert!(netif.remove_vip_if_ours(VIP).await.unwrap());
@@ -207,9 +207,9 @@ fn cleanup_refuses_to_take_the_program_of_a_running_agent() {
         veth(1500);
         let mut programs = load();
         programs.attach_gate("eth0").unwrap();
-        programs.attach_xdp("eth0").unwrap();
+        programs.attach_ingress("eth0", XdpMode::Native).unwrap();
         let mut second = load();
-        let error = second.attach_xdp("eth0").unwrap_err();
+        let error = second.attach_ingress("eth0", XdpMode::Native).unwrap_err();
         assert!(matches!(error, BpfError::XdpBusy { .. }), "{error:?}");
         wait(async {
             let error = bpf::cleanup("eth0").await.unwrap_err();
@@ -332,30 +332,67 @@ fn what_the_programs_log_becomes_events() {
 }
 
 #[test]
-fn xdp_attaches_natively_and_falls_back_to_generic() {
+fn frames_are_caught_by_xdp_and_by_tc_where_the_driver_has_none() {
     in_namespace(|| {
         veth(1500);
         let mut programs = load();
-        assert_eq!(programs.attach_xdp("eth0").unwrap(), XdpMode::Native);
-        drop(programs);
-        let mut programs = load();
-        programs.attach_xdp_as("eth0", XdpMode::Generic).unwrap();
-        assert!(run("ip link show dev eth0").contains("xdpgeneric"));
+        programs.attach_gate("eth0").unwrap();
+        let mode = programs.attach_ingress("eth0", XdpMode::Native).unwrap();
+        assert_eq!(mode, XdpMode::Native);
+        assert!(run("ip link show dev eth0").contains("xdp "));
+        assert!(!run("tc filter show dev eth0 ingress").contains("rfsis_ingress"));
 
         // A bridge has no native mode.
         run("ip link add bridge0 type bridge");
+        programs.attach_gate("bridge0").unwrap();
+        let mode = programs.attach_ingress("bridge0", XdpMode::Native).unwrap();
+        assert_eq!(mode, XdpMode::Tc);
+        assert!(!run("ip link show dev bridge0").contains("xdp"));
+        assert!(run("tc filter show dev bridge0 ingress").contains("rfsis_ingress"));
+        wait(async { programs.detach().await.unwrap() });
+        for interface in ["eth0", "bridge0"] {
+            assert!(!run(&format!("tc qdisc show dev {interface}")).contains("clsact"));
+        }
+    });
+}
+
+#[test]
+fn what_catches_frames_by_tc_takes_the_place_of_a_mirror_and_of_a_dead_agents_and_is_cleaned_up() {
+    in_namespace(|| {
+        veth(1500);
+        let ingress = || run("tc filter show dev eth0 ingress");
+        let count = || {
+            ingress()
+                .lines()
+                .filter(|line| line.contains("handle"))
+                .count()
+        };
+        for _ in 0..2 {
+            let mut programs = load();
+            programs.attach_gate("eth0").unwrap();
+            programs.attach_mirror("eth0").unwrap();
+            programs.attach_ingress("eth0", XdpMode::Tc).unwrap();
+            assert!(ingress().contains("rfsis_ingress"), "{}", ingress());
+            assert_eq!(count(), 1, "{}", ingress());
+            // Dropped without being detached: the agent was killed.
+        }
         let mut programs = load();
-        assert_eq!(programs.attach_xdp("bridge0").unwrap(), XdpMode::Generic);
+        programs.remove_mirror("eth0").unwrap();
+        assert_eq!(count(), 0, "{}", ingress());
+        programs.attach_ingress("eth0", XdpMode::Tc).unwrap();
+        drop(programs);
+        wait(async { bpf::cleanup("eth0").await.unwrap() });
+        assert!(!run("tc qdisc show dev eth0").contains("clsact"));
     });
 }
 
 #[test]
 fn jumbo_frames_are_mirrored_whole_in_both_modes() {
     in_namespace(|| {
-        for mode in [XdpMode::Native, XdpMode::Generic] {
+        for mode in XdpMode::ALL {
             veth(9000);
             let mut programs = load();
-            programs.attach_xdp_as("eth0", mode).unwrap();
+            assert_eq!(programs.attach_ingress("eth0", mode).unwrap(), mode);
             let ring = programs.take_frames().unwrap();
             let sender = packet_socket("peer0");
             let payload: Vec<u8> = (0..8900).map(|byte| (byte % 251) as u8).collect();

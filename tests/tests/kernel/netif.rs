@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use rfsis_agent::bpf::XdpMode;
 use rfsis_agent::netif::{Netif, NetifError};
 
 use crate::frames::{CLIENT, OWN, VIP};
@@ -15,7 +16,9 @@ fn a_missing_interface_is_named_with_those_that_exist() {
         let mut programs = load();
         for error in [
             programs.attach_gate("eth7").unwrap_err(),
-            programs.attach_xdp("eth7").unwrap_err(),
+            programs
+                .attach_ingress("eth7", XdpMode::Native)
+                .unwrap_err(),
         ] {
             let text = error.to_string();
             assert!(text.contains("eth7") && text.contains("eth0"), "{text}");

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use rfsis_agent::bpf::Programs;
+use rfsis_agent::bpf::{Programs, XdpMode};
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
 use rfsis_common::maps::{
     Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent,
@@ -16,16 +16,24 @@ use crate::frames::{
 };
 use crate::host::{in_namespace, load, load_with_ring, now_ns, set_state};
 
-const XDP_DROP: u32 = 1;
-const XDP_PASS: u32 = 2;
-
-/// Runs the XDP program and gives what it did: action and the one verdict that was counted.
-fn xdp(programs: &mut Programs, name: &str, frame: &[u8]) -> (u32, XdpVerdict) {
+/// Runs the program that catches frames and gives what it did: whether the frame goes on, and the one
+/// verdict that was counted.
+fn catch(programs: &mut Programs, hook: XdpMode, name: &str, frame: &[u8]) -> (Fate, XdpVerdict) {
     let counters = programs.counters().unwrap();
     let before = counters.xdp().unwrap();
-    let action = programs
-        .test_xdp(frame)
-        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    let fate = match hook {
+        // `enum xdp_action`: XDP_DROP, XDP_PASS.
+        XdpMode::Native => match programs.test_xdp(frame) {
+            Ok(1) => Fate::Dropped,
+            Ok(2) => Fate::Passed,
+            other => panic!("{name}: {other:?}"),
+        },
+        XdpMode::Tc => match programs.test_ingress(frame) {
+            Ok(STOLEN) => Fate::Dropped,
+            Ok(UNSPEC) => Fate::Passed,
+            other => panic!("{name}: {other:?}"),
+        },
+    };
     let after = counters.xdp().unwrap();
     let moved: Vec<XdpVerdict> = XdpVerdict::ALL
         .into_iter()
@@ -35,13 +43,25 @@ fn xdp(programs: &mut Programs, name: &str, frame: &[u8]) -> (u32, XdpVerdict) {
         panic!("{name}: counters moved: {moved:?}");
     };
     assert_eq!(after.get(verdict), before.get(verdict) + 1, "{name}");
-    (action, verdict)
+    (fate, verdict)
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Dropped,
+    Passed,
+}
+
+/// Runs a test with programs of their own for each way to catch frames.
+fn on_each_hook(test: fn(XdpMode)) {
+    in_namespace(move || XdpMode::ALL.into_iter().for_each(test));
 }
 
 #[test]
-fn xdp_verdicts_follow_class_state_and_live_flows() {
+fn verdicts_follow_class_state_and_live_flows() {
     use XdpVerdict::{Heartbeat, Malformed, Mirrored, Other, PassVip, Tagged};
-    in_namespace(|| {
+    on_each_hook(|hook| {
         let mut programs = load();
         let mut frames = programs.take_frames().unwrap();
         let other_host = Ipv4Addr::new(192, 168, 1, 77);
@@ -151,6 +171,8 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
         for (name, frame) in malformed_frames() {
             table.push((name, frame, Malformed, Malformed, Malformed));
         }
+        // Test runs of TC programs take no IPv4 frame without a whole header.
+        table.retain(|(_, frame, ..)| hook == XdpMode::Native || frame.len() >= 34);
         let live = programs.live_flows().unwrap();
         for (name, frame, standby, active, active_live) in &table {
             for (state, is_live, expected) in [
@@ -165,12 +187,13 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
                 if is_live {
                     live.insert(FLOW).unwrap();
                 }
-                let name = format!("{name}, {state:?}, live: {is_live}");
-                let (action, verdict) = xdp(&mut programs, &name, frame);
+                let name = format!("{hook:?}: {name}, {state:?}, live: {is_live}");
+                let (fate, verdict) = catch(&mut programs, hook, &name, frame);
                 live.remove(&FLOW).unwrap();
                 assert_eq!(verdict, *expected, "{name}");
                 let dropped = matches!(verdict, Mirrored | Heartbeat);
-                assert_eq!(action, if dropped { XDP_DROP } else { XDP_PASS }, "{name}");
+                let expected = if dropped { Fate::Dropped } else { Fate::Passed };
+                assert_eq!(fate, expected, "{name}");
                 let entry = frames.next();
                 assert_eq!(entry.is_some(), verdict == Mirrored, "{name}: copies");
                 if let Some(entry) = entry {
@@ -184,7 +207,7 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
                     };
                     assert_eq!(header.direction, direction as u16, "{name}");
                     assert_eq!(header.state, state as u16, "{name}");
-                    let l3_offset = if name.starts_with("priority tag") {
+                    let l3_offset = if name.contains("priority tag") {
                         18
                     } else {
                         14
@@ -199,14 +222,14 @@ fn xdp_verdicts_follow_class_state_and_live_flows() {
 
 #[test]
 fn an_unknown_state_reads_as_standby_and_closed() {
-    in_namespace(|| {
+    on_each_hook(|hook| {
         let mut programs = load();
         let node = NodeState {
             state: 99,
             lease_ns: u64::MAX,
         };
         programs.state_map().unwrap().write(node).unwrap();
-        let (_, verdict) = xdp(&mut programs, "TCP", &tcp_to_vip(ACK, b""));
+        let (_, verdict) = catch(&mut programs, hook, "TCP", &tcp_to_vip(ACK, b""));
         assert_eq!(verdict, XdpVerdict::Mirrored);
         let (_, verdict) = gate(&mut programs, "TCP", &tcp_from_vip(ACK, b""));
         assert_eq!(verdict, GateVerdict::Closed);
@@ -215,7 +238,7 @@ fn an_unknown_state_reads_as_standby_and_closed() {
 
 #[test]
 fn frames_of_every_length_are_copied_whole() {
-    in_namespace(|| {
+    on_each_hook(|hook| {
         let mut programs = load();
         let mut frames = programs.take_frames().unwrap();
         let mut lengths = vec![54, 55, 60, 1514, 9014, 65_000, 65_549];
@@ -223,11 +246,13 @@ fn frames_of_every_length_are_copied_whole() {
             let room = slot - FRAME_HEADER_LEN;
             lengths.extend([room - 1, room, room + 1]);
         }
+        // Test runs of TC programs get no more than a page (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
+        lengths.retain(|length| hook == XdpMode::Native || *length < 3000);
         for length in lengths {
             let payload: Vec<u8> = (0..length - 54).map(|byte| (byte % 251) as u8).collect();
             let frame = tcp_to_vip(ACK, &payload);
             assert_eq!(frame.len(), length);
-            let (_, verdict) = xdp(&mut programs, &format!("{length} bytes"), &frame);
+            let (_, verdict) = catch(&mut programs, hook, &format!("{length} bytes"), &frame);
             assert_eq!(verdict, XdpVerdict::Mirrored, "{length} bytes");
             let entry = frames.next().unwrap();
             let (header, copy) = FrameHeader::split(&entry).unwrap();
@@ -239,13 +264,13 @@ fn frames_of_every_length_are_copied_whole() {
 
 #[test]
 fn a_full_frame_ring_is_counted_and_the_flow_named() {
-    in_namespace(|| {
+    on_each_hook(|hook| {
         let mut programs = load_with_ring(4096);
         let lost = programs.lost_flows().unwrap();
         assert_eq!(lost.drain().unwrap(), []);
         let mut mirrored = 0;
         let frame = tcp_to_vip(ACK, &[7; 1000]);
-        while xdp(&mut programs, "TCP", &frame) == (XDP_DROP, XdpVerdict::Mirrored) {
+        while catch(&mut programs, hook, "TCP", &frame) == (Fate::Dropped, XdpVerdict::Mirrored) {
             mirrored += 1;
             assert!(mirrored < 10, "a ring of 4096 bytes took {mirrored} frames");
         }
@@ -256,26 +281,31 @@ fn a_full_frame_ring_is_counted_and_the_flow_named() {
         assert!(now_ns() - noted[0].1 < 1_000_000_000);
         assert_eq!(lost.drain().unwrap(), [], "drained entries stay out");
 
-        let (action, verdict) = xdp(&mut programs, "UDP", &[udp_to_vip(), vec![0; 900]].concat());
-        assert_eq!((action, verdict), (XDP_DROP, XdpVerdict::MirrorLost));
+        let (fate, verdict) = catch(
+            &mut programs,
+            hook,
+            "UDP",
+            &[udp_to_vip(), vec![0; 900]].concat(),
+        );
+        assert_eq!((fate, verdict), (Fate::Dropped, XdpVerdict::MirrorLost));
         assert_eq!(lost.drain().unwrap(), [], "only TCP flows are noted");
     });
 }
 
 #[test]
 fn heartbeats_reach_their_ring_cut_to_the_captured_length_and_a_full_ring_is_counted() {
-    in_namespace(|| {
+    on_each_hook(|hook| {
         let mut programs = load();
         let mut ring = programs.take_heartbeats().unwrap();
         let long = [heartbeat(), vec![9; 500]].concat();
         for frame in [heartbeat(), long.clone()] {
-            xdp(&mut programs, "heartbeat", &frame);
+            catch(&mut programs, hook, "heartbeat", &frame);
             let event = HeartbeatEvent::parse(&ring.next().unwrap()).unwrap();
             assert_eq!(event.frame(), &frame[..frame.len().min(HEARTBEAT_CAPTURE)]);
             assert!(now_ns() - event.arrival_ns < 1_000_000_000);
         }
         let mut taken = 0;
-        while xdp(&mut programs, "heartbeat", &long).1 == XdpVerdict::Heartbeat {
+        while catch(&mut programs, hook, "heartbeat", &long).1 == XdpVerdict::Heartbeat {
             taken += 1;
             assert!(taken < 100_000);
         }
@@ -283,8 +313,8 @@ fn heartbeats_reach_their_ring_cut_to_the_captured_length_and_a_full_ring_is_cou
             taken > 900,
             "the ring holds {taken}: less than a second at 1 ms"
         );
-        let (action, verdict) = xdp(&mut programs, "heartbeat", &long);
-        assert_eq!((action, verdict), (XDP_DROP, XdpVerdict::HeartbeatLost));
+        let (fate, verdict) = catch(&mut programs, hook, "heartbeat", &long);
+        assert_eq!((fate, verdict), (Fate::Dropped, XdpVerdict::HeartbeatLost));
     });
 }
 
