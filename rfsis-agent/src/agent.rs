@@ -46,7 +46,7 @@ use crate::shared::Shared;
 use crate::sync::Channel;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tap;
-use crate::warm::keep_warm;
+use crate::warm::{Warmer, keep_warm, warmer};
 use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
@@ -256,7 +256,7 @@ async fn attach_and_serve(
         cancel.clone(),
     ));
 
-    let (warm, to_warm) = mpsc::channel(1024);
+    let (warmer, to_warm) = warmer();
     tasks.spawn(keep_warm(netif.clone(), to_warm));
     let (took_over, flows_took_over) = mpsc::unbounded_channel();
     // 0 stands for "no session" on the wire.
@@ -273,7 +273,7 @@ async fn attach_and_serve(
         }
     };
     let (engine, engine_thread) = start_engine(
-        config, netif, tap, programs, &metrics, &shared, link, warm, took_over,
+        config, netif, tap, programs, &metrics, &shared, link, warmer, took_over,
     )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
@@ -416,7 +416,7 @@ fn start_engine(
     metrics: &Arc<Metrics>,
     shared: &Arc<Shared>,
     link: Option<Link>,
-    warm: mpsc::Sender<Ipv4Addr>,
+    warmer: Warmer,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
     let services = |protocol| -> HashMap<u16, HandlerKind> {
@@ -452,7 +452,7 @@ fn start_engine(
                 .map_err(|error| lacks_raw(error, "a raw IP socket"))?,
             approvals: programs.approvals()?,
             live_flows: programs.live_flows()?,
-            warm,
+            warmer,
             metrics: Arc::clone(metrics),
         },
         source: tap::frame_source(config, tap),

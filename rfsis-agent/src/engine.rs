@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -21,6 +21,7 @@ use crate::link::Link;
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::shared::Shared;
 use crate::sys::{self, RawIpSocket};
+use crate::warm::Warmer;
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
@@ -100,7 +101,7 @@ pub struct KernelEffects {
     /// Flows that live on a shadow.
     pub live_flows: LiveFlows,
     /// Clients whose next hop is to be kept resolved.
-    pub warm: tokio::sync::mpsc::Sender<Ipv4Addr>,
+    pub warmer: Warmer,
     /// Counters.
     pub metrics: Arc<Metrics>,
 }
@@ -129,8 +130,7 @@ impl Effects for KernelEffects {
     }
 
     fn warm(&mut self, client: Ipv4Addr) {
-        // When the queue is full others are being warmed; this one is resolved at takeover.
-        let _ = self.warm.try_send(client);
+        self.warmer.warm(client, Instant::now());
     }
 }
 

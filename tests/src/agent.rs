@@ -131,7 +131,6 @@ impl Settings {
         let mut text = format!(
             "cluster: {cluster}\n\
              interface: eth0\n\
-             xdp: {}\n\
              virtual_ip: {VIP}/24\n\
              nodes: [{}]\n\
              key: {key:?}\n\
@@ -142,7 +141,6 @@ impl Settings {
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
              services:\n",
-            if *native_xdp { "native" } else { "auto" },
             nodes.join(", "),
             tap.yaml(),
             if *sync { "sync" } else { "async" },
@@ -161,6 +159,11 @@ impl Settings {
                 );
             }
         }
+        text += if *native_xdp {
+            "xdp: native\n"
+        } else {
+            "xdp: auto\n"
+        };
         text
     }
 }
