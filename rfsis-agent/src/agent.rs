@@ -31,7 +31,7 @@ use crate::control::{
     self, FlowCounts, LastFailover, Peer, ProtectionStatus, Request, Response, Status,
 };
 use crate::datagrams::{Datagrams, DatagramsConfig};
-use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects};
+use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects, Rest};
 use crate::flows::{Flows, FlowsConfig};
 use crate::guard::{Guard, GuardConfig};
 use crate::handler::{HandlerKind, Output};
@@ -457,6 +457,7 @@ fn start_engine(
         },
         source: tap::frame_source(config, tap),
         frames: programs.take_frames()?,
+        rest: Rest::new(programs.rest()?),
         held: programs.take_held()?,
         lost: programs.lost_flows()?,
         inbox,

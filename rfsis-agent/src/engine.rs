@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
 
-use crate::bpf::{Approvals, LiveFlows, LostFlows};
+use crate::bpf::{Approvals, LiveFlows, LostFlows, RestWriter};
 use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
@@ -25,6 +25,11 @@ use crate::warm::Warmer;
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
+
+/// A standby that has just read frames does not look at small ones sooner than after this, ns: to be woken
+/// for each costs more than to read it. What a client waits for is not among them: its window it gets by
+/// larger frames, its SYN-ACK by the sync channel.
+const REST: Nanos = 200_000;
 
 /// Between two looks at what the ring lost, ns.
 const LOST_INTERVAL: Nanos = 50_000_000;
@@ -143,6 +148,40 @@ pub struct FlowsTookOver {
     pub duration: Nanos,
 }
 
+/// Whether the thread rests, and the programs' knowledge of it.
+#[derive(Debug)]
+pub struct Rest {
+    map: RestWriter,
+    read: bool,
+    told: bool,
+}
+
+impl Rest {
+    /// Awake.
+    pub fn new(map: RestWriter) -> Self {
+        Self {
+            map,
+            read: false,
+            told: false,
+        }
+    }
+
+    /// To be called before the thread waits; gives when it has to look at the ring by itself, ns. What
+    /// arrived before the programs heard of it lies in the ring, and who waits for a ring with something
+    /// in it does not wait.
+    fn begin(&mut self, may_rest: bool, now: Nanos) -> Nanos {
+        let rests = std::mem::take(&mut self.read) && may_rest;
+        let until = if rests { now + REST } else { 0 };
+        if rests || self.told {
+            match self.map.write(until) {
+                Ok(()) => self.told = rests,
+                Err(error) => tracing::warn!(%error, "cannot rest"),
+            }
+        }
+        if rests { until } else { Nanos::MAX }
+    }
+}
+
 /// Everything the thread works with.
 pub struct Engine {
     /// The flows.
@@ -157,6 +196,8 @@ pub struct Engine {
     pub source: FrameSource,
     /// Mirrored frames.
     pub frames: RingBuf<MapData>,
+    /// When small ones do not wake the thread.
+    pub rest: Rest,
     /// FIN and RST that the gate held.
     pub held: RingBuf<MapData>,
     /// Flows that lost a copy.
@@ -225,8 +266,8 @@ impl Engine {
             if !more {
                 let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_lost).min(next_census);
-                let until = until.min(link);
-                self.wait(until);
+                let rest = self.rest.begin(!self.flows.is_live(), sys::monotonic());
+                self.wait(until.min(link).min(rest));
             }
         }
     }
@@ -237,6 +278,7 @@ impl Engine {
             let Some(entry) = self.frames.next() else {
                 return false;
             };
+            self.rest.read = true;
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };

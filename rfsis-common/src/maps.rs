@@ -279,6 +279,8 @@ pub mod names {
     pub const XDP: &str = "rfsis_xdp";
     /// TC program, ingress: does what [`XDP`] and [`MIRROR_PROGRAM`] do.
     pub const INGRESS: &str = "rfsis_ingress";
+    /// `Array<u64>`, one entry: until when the reader of [`FRAMES`] rests, ns; 0 while it does not.
+    pub const REST: &str = "REST";
     /// TC program, egress.
     pub const GATE: &str = "rfsis_gate";
     /// TC program, ingress: copies input to the standby.

@@ -109,6 +109,35 @@ pub fn xdp_decide(
     }
 }
 
+/// Whether a copy in the frame ring wakes its reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// If it has read all before this one, as a ring buffer does by itself: a reader that sleeps has.
+    WhenCaughtUp,
+    /// At once, though it rests and may not have read what came meanwhile.
+    Now,
+    /// No: it looks by itself when its rest is over.
+    Later,
+}
+
+/// Frames longer than this end a rest, bytes: a client that sends much waits for its window.
+const PROMPT_LEN: u32 = 512;
+
+/// Decides for a copy of `len` bytes; `rest_until` as the reader wrote it last. All times in ns.
+///
+/// To wake a thread costs more than to read a frame. So one that has just read rests for a moment, and of
+/// small requests that follow each other closely many are read, and confirmed, at once.
+#[inline(always)]
+pub const fn wake_decide(len: u32, now_ns: u64, rest_until: u64) -> Wake {
+    if now_ns >= rest_until {
+        Wake::WhenCaughtUp
+    } else if len > PROMPT_LEN {
+        Wake::Now
+    } else {
+        Wake::Later
+    }
+}
+
 /// What the gate did with a packet; index into `GATE_COUNTERS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]

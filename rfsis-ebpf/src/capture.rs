@@ -1,15 +1,20 @@
 //! What the agent gets of the frames that come in, whichever hook has caught them.
 
-use aya_ebpf::{EbpfContext, helpers::generated::bpf_ktime_get_ns};
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::bpf_ktime_get_ns,
+};
 use aya_log_ebpf::warn;
 use rfsis_common::frame::{Classified, Frame};
 use rfsis_common::maps::{
     FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, NodeState, State,
 };
-use rfsis_common::verdict::{XdpAction, XdpVerdict, xdp_decide};
+use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, wake_decide, xdp_decide};
 
 use crate::maps::{
-    FRAMES, HEARTBEATS, LIVE_FLOWS, LOST_FLOWS, count_xdp, node_state, worth_logging,
+    FRAMES, HEARTBEATS, LIVE_FLOWS, LOST_FLOWS, count_xdp, end_rest, node_state, rest_until,
+    worth_logging,
 };
 
 /// A frame at a hook.
@@ -145,11 +150,23 @@ fn copy_to_slot<const ROOM: usize>(frame: &impl Captured, header: &FrameHeader) 
         }
     };
     if copied {
-        slot.submit(0);
+        slot.submit(wake(header));
     } else {
         slot.discard(0);
     }
     copied
+}
+
+#[inline(always)]
+fn wake(header: &FrameHeader) -> u64 {
+    match wake_decide(header.len, header.arrival_ns, rest_until()) {
+        Wake::WhenCaughtUp => 0,
+        Wake::Now => {
+            end_rest();
+            u64::from(BPF_RB_FORCE_WAKEUP)
+        }
+        Wake::Later => u64::from(BPF_RB_NO_WAKEUP),
+    }
 }
 
 /// Copies `len` bytes of the frame from `offset` on; `false` where they do not fit or are not there.

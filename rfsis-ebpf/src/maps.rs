@@ -63,6 +63,9 @@ pub static HEARTBEATS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 pub static FRAMES: RingBuf = RingBuf::with_byte_size(32 * 1024 * 1024, 0);
 
 #[map]
+static REST: Array<u64> = Array::with_max_entries(1, 0);
+
+#[map]
 pub static HELD: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
 #[map]
@@ -119,6 +122,26 @@ pub fn node_state() -> NodeState {
             }
         },
         None => NodeState::default(),
+    }
+}
+
+/// Until when the reader of the frame ring rests, ns.
+#[inline(always)]
+pub fn rest_until() -> u64 {
+    match REST.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
+        // volatile, so that it is read once.
+        Some(until) => unsafe { core::ptr::read_volatile(until) },
+        None => 0,
+    }
+}
+
+/// The reader is woken: its rest is over.
+#[inline(always)]
+pub fn end_rest() {
+    if let Some(until) = REST.get_ptr_mut(0) {
+        // SAFETY: as in `rest_until`. Whoever writes last, the agent writes again before it sleeps.
+        unsafe { core::ptr::write_volatile(until, 0) }
     }
 }
 

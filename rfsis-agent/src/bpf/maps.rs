@@ -69,6 +69,7 @@ macro_rules! opaque_debug {
 }
 opaque_debug!(
     StateWriter,
+    RestWriter,
     MirrorWriter,
     LiveFlows,
     Approvals,
@@ -103,6 +104,26 @@ impl StateWriter {
     pub fn read(&self) -> Result<NodeState, BpfError> {
         let result = self.0.lock().get(&0, 0);
         result.map_err(|error| failed("reading", names::STATE, &error))
+    }
+}
+
+/// Tells the programs until when the reader of the frame ring rests.
+#[derive(Clone)]
+pub struct RestWriter(Shared<Array<MapData, u64>>);
+
+impl RestWriter {
+    pub(super) fn new(map: Map) -> Result<Self, BpfError> {
+        let map = Array::try_from(map).map_err(|error| failed("opening", names::REST, &error))?;
+        Ok(Self(Shared::new(map)))
+    }
+
+    /// Small frames do not wake the reader before `until` (ns, CLOCK_MONOTONIC).
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn write(&self, until: u64) -> Result<(), BpfError> {
+        let result = self.0.lock().set(0, until, 0);
+        result.map_err(|error| failed("writing", names::REST, &error))
     }
 }
 

@@ -33,7 +33,7 @@ pub use leftover::cleanup;
 pub use log::ProgramLog;
 pub use maps::{
     AckGateCounters, Approvals, Counters, GateCounters, GuardMaps, LiveFlows, LostFlows,
-    MirrorCounters, MirrorWriter, StateWriter, XdpCounters,
+    MirrorCounters, MirrorWriter, RestWriter, StateWriter, XdpCounters,
 };
 
 use error::os_error;
@@ -317,6 +317,14 @@ impl Programs {
     /// Where no file descriptor is left.
     pub fn state_map(&self) -> Result<StateWriter, BpfError> {
         StateWriter::new(self.copy_of(names::STATE)?)
+    }
+
+    /// Tells the programs when the reader of the frame ring rests.
+    ///
+    /// # Errors
+    /// Where no file descriptor is left.
+    pub fn rest(&self) -> Result<RestWriter, BpfError> {
+        RestWriter::new(self.copy_of(names::REST)?)
     }
 
     /// A writer of whom the active copies to; each call gives one with a lock of its own.

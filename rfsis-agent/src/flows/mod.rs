@@ -485,6 +485,11 @@ impl Flows {
         }
     }
 
+    /// Whether they speak for the VIP.
+    pub fn is_live(&self) -> bool {
+        self.live
+    }
+
     /// The node has taken over: every shadow that can goes live, the others' clients are told.
     /// Call after every frame that was mirrored before has been processed.
     pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
