@@ -37,6 +37,9 @@ const SECOND: Nanos = 1_000 * MS;
 
 /// A flow that was confirmed is looked at once more after this, ns.
 const RECHECK: Nanos = MS;
+/// And after this if the kernel had not yet wanted to say what was confirmed: at that very moment it may be
+/// doing so, and find the older confirmation. Its client would wait, with a millisecond's worth of window.
+const RECHECK_SOON: Nanos = MS / 10;
 
 /// An OPEN is repeated after this, and then ever more rarely up to the second, ns.
 const REPEAT: Nanos = 2 * MS;
@@ -156,7 +159,7 @@ struct Flow {
     sack_permitted: bool,
     phase: Phase,
     confirmation: Confirmation,
-    recheck: bool,
+    recheck: Option<Nanos>,
     /// When the standby was heard of it, or asked for it.
     known_at: Nanos,
 }
@@ -173,7 +176,7 @@ impl Flow {
             sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
             phase,
             confirmation: Confirmation::default(),
-            recheck: false,
+            recheck: None,
             known_at: now,
         }
     }
@@ -209,7 +212,7 @@ pub struct Guard {
     free: VecDeque<u32>,
     /// Openings to be repeated.
     repeats: BTreeSet<(Nanos, FlowKey)>,
-    rechecks: VecDeque<(Nanos, FlowKey)>,
+    rechecks: BTreeSet<(Nanos, FlowKey)>,
     /// Exposed flows that the standby is still to be asked for.
     to_ask: Vec<FlowKey>,
     records: Vec<Record>,
@@ -235,7 +238,7 @@ impl Guard {
             flows: HashMap::new(),
             free: (0..config.max_flows as u32).collect(),
             repeats: BTreeSet::new(),
-            rechecks: VecDeque::new(),
+            rechecks: BTreeSet::new(),
             to_ask: Vec::new(),
             records: Vec::new(),
             facts: Vec::new(),
@@ -524,10 +527,13 @@ impl Guard {
         if merged != known {
             fx.confirm(flow.slot, merged);
         }
-        Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
-        if !flow.recheck {
-            flow.recheck = true;
-            self.rechecks.push_back((now + RECHECK, confirm.flow));
+        let caught_up = Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
+        let at = now + if caught_up { RECHECK } else { RECHECK_SOON };
+        if flow.recheck.is_none_or(|planned| at < planned) {
+            if let Some(planned) = flow.recheck.replace(at) {
+                self.rechecks.remove(&(planned, confirm.flow));
+            }
+            self.rechecks.insert((at, confirm.flow));
         }
     }
 
@@ -549,11 +555,19 @@ impl Guard {
         }
     }
 
-    /// Tells the client what it may know by now.
-    fn release(vip: Ipv4Addr, key: FlowKey, flow: &Flow, sack: &Sack, fx: &mut impl GuardEffects) {
+    /// Tells the client what it may know by now. Returns whether the kernel has wanted to say all that is
+    /// confirmed.
+    fn release(
+        vip: Ipv4Addr,
+        key: FlowKey,
+        flow: &Flow,
+        sack: &Sack,
+        fx: &mut impl GuardEffects,
+    ) -> bool {
         let Some(sent) = fx.sent(flow.slot) else {
-            return;
+            return false;
         };
+        let caught_up = !before(sent.ack, flow.confirmation.ack());
         let due = release(&sent, flow.confirmation, flow.shift.into());
         // The standby lacks what the kernel has, or knows better than the kernel may say what is held.
         let hole = !sack.blocks().is_empty()
@@ -561,7 +575,7 @@ impl Guard {
         let due = match due {
             Some(due) => due,
             None if hole => Release::again(&sent, flow.shift.into()),
-            None => return,
+            None => return caught_up,
         };
         let ranges = if flow.sack_permitted {
             first_three(sack)
@@ -569,6 +583,7 @@ impl Guard {
             [None; 3]
         };
         fx.send(&acknowledgement(vip, key, &due, ranges));
+        caught_up
     }
 
     // ---- time ----------------------------------------------------------------------------------
@@ -579,7 +594,7 @@ impl Guard {
             return Nanos::MAX;
         }
         let repeat = self.repeats.first().map_or(Nanos::MAX, |(at, _)| *at);
-        let recheck = self.rechecks.front().map_or(Nanos::MAX, |(at, _)| *at);
+        let recheck = self.rechecks.first().map_or(Nanos::MAX, |(at, _)| *at);
         self.next_tick.min(self.next_sweep).min(repeat).min(recheck)
     }
 
@@ -605,7 +620,10 @@ impl Guard {
         if silent && self.guarding {
             self.degrade(now, fx);
         }
-        while let Some((_, key)) = self.rechecks.pop_front_if(|(at, _)| *at <= now) {
+        while let Some(&(at, key)) = self.rechecks.first()
+            && at <= now
+        {
+            self.rechecks.remove(&(at, key));
             self.recheck(key, fx);
         }
         while let Some(&(at, key)) = self.repeats.first()
@@ -624,7 +642,7 @@ impl Guard {
         let Some(flow) = self.flows.get_mut(&key) else {
             return;
         };
-        flow.recheck = false;
+        flow.recheck = None;
         if !matches!(flow.phase, Phase::Guarded) {
             return;
         }

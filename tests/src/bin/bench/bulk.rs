@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use socket2::SockRef;
 use tests::agent::port;
 use tests::client::connect;
 
@@ -18,9 +17,6 @@ const WARM_UP: Duration = Duration::from_millis(300);
 const SPAN: Duration = Duration::from_millis(1500);
 /// After the connections are closed, until the next load.
 const SETTLE: Duration = Duration::from_millis(200);
-/// SO_SNDBUF of the client, bytes: more than the service's window, and little against what is sent,
-/// so that what was written is what was transferred.
-const SEND_BUFFER: usize = 256 << 10;
 /// Bytes per call.
 const CHUNK: usize = 64 << 10;
 
@@ -48,7 +44,8 @@ impl Way {
 
 /// What was transferred, and what it cost.
 pub struct Bulk {
-    /// Gbit/s of payload, all connections together.
+    /// Gbit/s of payload, all connections together. What was written and waits in the client's buffer counts:
+    /// some 4 MiB at the most, on both sides of the span.
     pub gigabits: f64,
     /// What else happened meanwhile.
     pub usage: Usage,
@@ -64,11 +61,7 @@ pub fn load(site: &Site, way: Way, connections: usize) -> Result<Bulk> {
         Way::Down => port::CHARGEN,
     };
     let clients = (0..connections)
-        .map(|_| {
-            let client = connect(&site.lab, port)?;
-            SockRef::from(&client).set_send_buffer_size(SEND_BUFFER)?;
-            Ok(client)
-        })
+        .map(|_| connect(&site.lab, port))
         .collect::<Result<Vec<_>>>()?;
     let moved: Vec<AtomicU64> = clients.iter().map(|_| AtomicU64::new(0)).collect();
     let stop = AtomicBool::new(false);

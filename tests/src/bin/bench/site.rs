@@ -40,11 +40,15 @@ impl Arm {
     }
 
     fn settings(self) -> Settings {
-        match self {
+        let settings = match self {
             Arm::Bare => Settings::default(),
             Arm::Async => Wiring::MirrorAsync.settings(),
             Arm::Sync => Wiring::MirrorOffloaded.settings(),
             Arm::SyncLink => Wiring::MirrorOverSyncLink.settings(),
+        };
+        Settings {
+            native_xdp: false,
+            ..settings
         }
     }
 
