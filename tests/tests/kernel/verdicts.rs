@@ -1,7 +1,13 @@
 //! What the programs do with a frame, by `BPF_PROG_TEST_RUN`.
 
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd as _;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::gettid;
 use rfsis_agent::bpf::{Programs, XdpMode};
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
 use rfsis_common::maps::{
@@ -9,6 +15,7 @@ use rfsis_common::maps::{
     HeldEvent, NodeState, State,
 };
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
+use tests::patience::{PATIENCE, wait_until};
 
 use crate::frames::{
     CLIENT, CLIENT_PORT, FLOW, OWN, SERVICE, VIP, arp, ethernet, heartbeat, ipv4, malformed_frames,
@@ -259,6 +266,59 @@ fn frames_of_every_length_are_copied_whole() {
             assert_eq!(header.len as usize, length);
             assert!(copy == frame, "{length} bytes: the copy differs");
         }
+    });
+}
+
+#[test]
+fn a_reader_that_rests_is_woken_by_a_long_frame_and_by_no_small_one() {
+    on_each_hook(|hook| {
+        let mut programs = load();
+        let mut ring = programs.take_frames().unwrap();
+        let rest = programs.rest().unwrap();
+        let (tell, wakes) = mpsc::channel();
+        thread::spawn(move || {
+            loop {
+                // Who asks while something lies in the ring does not wait: main waits until this one does.
+                tell.send((gettid(), 0)).unwrap();
+                let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                let read = std::iter::from_fn(|| ring.next().map(drop)).count();
+                if tell.send((gettid(), read)).is_err() {
+                    return;
+                }
+            }
+        });
+        let asleep = || {
+            let (reader, _) = wakes.recv().unwrap();
+            let stat =
+                || std::fs::read_to_string(format!("/proc/self/task/{reader}/stat")).unwrap();
+            wait_until("the reader to wait", stat, |stat| stat.contains(") S "));
+        };
+        let woken = || wakes.recv_timeout(PATIENCE).unwrap().1;
+        let mut send = |payload: &[u8]| {
+            let (_, verdict) = catch(&mut programs, hook, "TCP", &tcp_to_vip(ACK, payload));
+            assert_eq!(verdict, XdpVerdict::Mirrored);
+        };
+        let (small, long) = ([7; 64], [7; 1000]);
+        for until in [0, now_ns()] {
+            rest.write(until).unwrap();
+            asleep();
+            send(&small);
+            assert_eq!(woken(), 1, "{hook:?}: it does not rest");
+        }
+        asleep();
+        rest.write(u64::MAX).unwrap();
+        send(&small);
+        let silence = wakes.recv_timeout(Duration::from_millis(100));
+        assert!(silence.is_err(), "{hook:?}: {silence:?}");
+        send(&long);
+        assert_eq!(woken(), 2, "{hook:?}: and what had come before");
+        asleep();
+        send(&small);
+        assert_eq!(woken(), 1, "{hook:?}: the long one has ended the rest");
+        // The thread ends when it finds nobody listening.
+        drop(wakes);
+        send(&small);
     });
 }
 
