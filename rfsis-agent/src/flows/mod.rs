@@ -210,6 +210,11 @@ impl Flows {
         })
     }
 
+    /// The virtual IP.
+    pub fn vip(&self) -> Ipv4Addr {
+        self.config.vip
+    }
+
     /// Live flows that turned out to lack bytes and were reset, since the start.
     pub fn gave_up(&self) -> u64 {
         self.gave_up

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::*;
+use crate::cli::Role;
 use crate::heartbeat::{Echo, MacAddr};
 
 const MS: Nanos = 1_000_000;
@@ -51,6 +52,9 @@ impl Bench {
                 sequence: 0,
                 sent_ns: 0,
                 echo: None,
+                wish: Wish::None,
+                objection: None,
+                at_risk: 0,
             },
         }
     }
