@@ -13,7 +13,7 @@ use crate::heartbeat::wish::{Objection, Wish};
 use crate::metrics::{Metrics, Protection};
 use crate::node::{Event, Fact};
 use crate::pulse::PulseHandle;
-use crate::redundancy::Redundancy;
+use crate::redundancy::{Redundancy, age};
 use crate::shared::Shared;
 
 /// Flows lag for moments, as connections open and close. So long nothing is refused for that.
@@ -71,8 +71,7 @@ pub struct Switchover {
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
     redundancy: Arc<Redundancy>,
-    /// For what becomes of an offer.
-    patience: Duration,
+    takeover_time: Duration,
     /// One at a time.
     busy: Mutex<()>,
 }
@@ -93,7 +92,7 @@ impl Switchover {
             shared,
             metrics,
             redundancy,
-            patience: (OUTCOME + takeover_time * TAKEOVER_TIMES).min(OUTCOME_MOST),
+            takeover_time,
             busy: Mutex::new(()),
         }
     }
@@ -159,12 +158,8 @@ impl Switchover {
     }
 
     async fn ask(&self, insists: bool) -> Result<(), Refused> {
-        if self
-            .shared
-            .node()
-            .peer
-            .is_none_or(|peer| peer.state != State::Active)
-        {
+        let peer = self.shared.node().peer;
+        if !peer.is_some_and(|peer| matches!(peer.state, State::Active | State::TakingOver)) {
             return Err(Objection::NotActive.into());
         }
         let facts = self.facts.subscribe();
@@ -185,7 +180,11 @@ impl Switchover {
         let node = self.shared.node();
         let degraded = self.metrics.protection.chosen() == Some(Protection::Degraded);
         let flows = self.shared.at_risk();
-        match node.peer {
+        let heard = self
+            .shared
+            .peer_heard_at()
+            .is_some_and(|at| age(at) < self.takeover_time);
+        match node.peer.filter(|_| heard) {
             _ if node.state != State::Active => Some(Objection::NotActive.into()),
             None => Some(Objection::NoStandby.into()),
             Some(peer) if peer.state != State::Standby => Some(Objection::NoStandby.into()),
@@ -204,7 +203,8 @@ impl Switchover {
         mut facts: broadcast::Receiver<Fact>,
         decides: impl Fn(Fact) -> Option<Result<(), Refused>>,
     ) -> Result<(), Refused> {
-        let deadline = Instant::now() + self.patience;
+        let patience = OUTCOME + self.takeover_time * TAKEOVER_TIMES;
+        let deadline = Instant::now() + patience.min(OUTCOME_MOST);
         loop {
             match timeout_at(deadline, facts.recv()).await {
                 Ok(Ok(fact)) => {

@@ -109,7 +109,22 @@ enum Flow {
     Unprotected {
         client_ack: Option<u32>,
         last_activity: Nanos,
+        /// Which sides have closed: it is known for a moment more, for their last segments.
+        closed: Closed,
     },
+}
+
+/// Which sides of a flow have sent their FIN.
+#[derive(Clone, Copy, Debug, Default)]
+struct Closed {
+    client: bool,
+    active: bool,
+}
+
+impl Closed {
+    fn both(self) -> bool {
+        self.client && self.active
+    }
 }
 
 /// Flows by condition, and what they hold.
@@ -285,6 +300,7 @@ impl Flows {
             Some(Flow::Unprotected {
                 client_ack,
                 last_activity,
+                closed,
             }) => {
                 // An older ACK that comes late would make for an RST that the client ignores.
                 *client_ack = match (*client_ack, segment.ack) {
@@ -292,6 +308,7 @@ impl Flows {
                     (known, ack) => known.or(ack),
                 };
                 *last_activity = now;
+                closed.client |= segment.fin;
                 if segment.rst {
                     self.flows.remove(&flow);
                 }
@@ -337,8 +354,13 @@ impl Flows {
                 });
                 true
             }
-            Some(Flow::Unprotected { last_activity, .. }) => {
+            Some(Flow::Unprotected {
+                last_activity,
+                closed,
+                ..
+            }) => {
                 *last_activity = now;
+                closed.active |= segment.fin;
                 if segment.rst {
                     self.flows.remove(&flow);
                 }
@@ -383,6 +405,7 @@ impl Flows {
                 Flow::Unprotected {
                     client_ack,
                     last_activity: now,
+                    closed: Closed::default(),
                 },
             );
         }
@@ -502,6 +525,7 @@ impl Flows {
         let mut speakers = Vec::new();
         for (&flow, entry) in &mut self.flows {
             match entry {
+                Flow::Unprotected { closed, .. } if closed.both() => {}
                 Flow::Unprotected { client_ack, .. } => {
                     let packet =
                         client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
@@ -622,8 +646,13 @@ impl Flows {
         let mut ended = Vec::new();
         for (&flow, entry) in &mut self.flows {
             let quiet = match entry {
-                Flow::Unprotected { last_activity, .. } => {
-                    now.saturating_sub(*last_activity) > idle
+                Flow::Unprotected {
+                    last_activity,
+                    closed,
+                    ..
+                } => {
+                    let patience = if closed.both() { LINGER } else { idle };
+                    now.saturating_sub(*last_activity) > patience
                 }
                 Flow::Shadow(shadow) => {
                     shadow.relax();
@@ -673,6 +702,7 @@ impl Flows {
         };
         for entry in self.flows.values() {
             match entry {
+                Flow::Unprotected { closed, .. } if closed.both() => {}
                 Flow::Unprotected { .. } => census.unprotected += 1,
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) if !self.live && is_exposed(&self.config, shadow) => {
