@@ -14,7 +14,10 @@ const VIP: Ipv4Addr = Ipv4Addr::LOCALHOST;
 fn connected(service: &TcpListener) -> (TcpStream, TcpStream) {
     let mut client = TcpStream::connect(service.local_addr().unwrap()).unwrap();
     client.write_all(b"x").unwrap();
-    (client, service.accept().unwrap().0)
+    let mut served = service.accept().unwrap().0;
+    // Closed with bytes unread it would send an RST and be gone (RFC 2525 section 2.17).
+    served.read_exact(&mut [0]).unwrap();
+    (client, served)
 }
 
 fn states(port: u16) -> String {
