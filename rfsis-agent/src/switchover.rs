@@ -41,7 +41,7 @@ impl fmt::Display for Refused {
         match self.objection {
             Objection::AtRisk => write!(
                 f,
-                "{} flow{} unprotected, their {}; --force hands over all the same",
+                "{} flow{} unprotected: {}; --force hands over all the same",
                 self.flows,
                 if self.flows == 1 { " is" } else { "s are" },
                 self.objection
