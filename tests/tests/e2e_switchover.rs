@@ -236,7 +236,13 @@ fn it_goes_back_and_forth_as_often_as_one_likes(wiring: Wiring) {
             (&pair.backup, &pair.primary)
         };
         standby.wait_flows("lockstep", 1);
-        switches(if round % 3 == 0 { standby } else { active }, &[]);
+        // Until the flow of the round before is known to be over.
+        let asked = if round % 3 == 0 { standby } else { active };
+        wait_until(
+            "a switchover without loss",
+            || switchover(asked, &[]),
+            |output| output.status.success(),
+        );
         nc.echoes("after");
         assert!(nc.hang_up().success());
         let status = standby.wait_status("rid of the flow", |status| {

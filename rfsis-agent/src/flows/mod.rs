@@ -651,7 +651,8 @@ impl Flows {
                     closed,
                     ..
                 } => {
-                    let patience = if closed.both() { LINGER } else { idle };
+                    // Of a flow on a shadow of the active's only the active's half is copied.
+                    let patience = if closed.active { LINGER } else { idle };
                     now.saturating_sub(*last_activity) > patience
                 }
                 Flow::Shadow(shadow) => {

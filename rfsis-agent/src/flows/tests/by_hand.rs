@@ -550,4 +550,16 @@ fn an_unprotected_flow_that_both_sides_have_closed_is_lost_by_nobody_and_forgott
     hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
     assert!(hand.flows.flows.is_empty());
     assert_eq!(hand.live().resets, []);
+    // Nor does one stay of which only the active's half is seen.
+    let mut hand = Hand::with(config(), ECHO);
+    hand.active(
+        50,
+        TcpControl::Psh,
+        b"the other half is not copied",
+        Some(1),
+    );
+    hand.active(78, TcpControl::Fin, b"", Some(1));
+    assert_eq!(hand.flows.census().unprotected, 1);
+    hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
+    assert!(hand.flows.flows.is_empty());
 }
