@@ -9,7 +9,7 @@
 //! The order is the point: there is never a moment in which the VIP is configured and the gate is
 //! not attached.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use rfsis_common::maps::{FlowKey, State};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -28,21 +28,25 @@ use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, P
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
 use crate::control::{
-    self, FlowCounts, LastFailover, Peer, ProtectionStatus, Request, Response, Status,
+    self, Failover, FlowCounts, Peer, ProtectionStatus, Request, Response, Status,
 };
 use crate::datagrams::{Datagrams, DatagramsConfig};
 use crate::engine::{self, Command, Engine, EngineHandle, FlowsTookOver, KernelEffects, Rest};
 use crate::flows::{Flows, FlowsConfig};
 use crate::guard::{Guard, GuardConfig};
 use crate::handler::{HandlerKind, Output};
-use crate::heartbeat::{Codec, Nanos};
+use crate::heartbeat::Codec;
 use crate::link::{self, KernelGuard, Link};
 use crate::metrics::{self, GuardCondition, HeartbeatReceived, Metrics, Protection, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
-use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
+use crate::node::{Event, Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
+use crate::redundancy::{self, Redundancy, age};
+use crate::relay::{Relay, RelayConfig};
 use crate::services::{FlowGate, Services};
 use crate::shared::Shared;
+use crate::sockets::{VipSockets, destroy_stale};
+use crate::switchover::Switchover;
 use crate::sync::Channel;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tap;
@@ -57,6 +61,16 @@ const HEARTBEAT_PRIORITY: i32 = 40;
 
 /// The shadow thread must keep up with the wire, or copies are lost.
 const ENGINE_NICE: i32 = -20;
+
+/// After a handover an agent that ends waits so long, for what still comes to it: frames of clients that
+/// have just been told of the new owner.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// What the heartbeat thread reports is kept so far for those who wait for it.
+const FACTS: usize = 256;
+
+/// Failovers that `status` remembers.
+const HISTORY: usize = 16;
 
 /// How long ago the peer may have been heard for the node to call itself ready, at least.
 const READY_SILENCE: Duration = Duration::from_secs(1);
@@ -134,13 +148,6 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         .map_err(anyhow::Error::from)?;
     let mut stop = stop_signals()?;
 
-    let ports = |protocol| -> Vec<u16> {
-        let services = config.services.iter();
-        services
-            .filter(|service| service.protocol == protocol)
-            .map(|service| service.port)
-            .collect()
-    };
     let observed: Vec<u16> = config
         .services
         .iter()
@@ -150,9 +157,9 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         .collect();
     let mut programs = Programs::load(LoadParams {
         vip: config.virtual_ip,
-        service_ports: &ports(Protocol::Tcp),
+        service_ports: &ports(&config, Protocol::Tcp),
         observed_ports: &observed,
-        datagram_ports: &ports(Protocol::Udp),
+        datagram_ports: &ports(&config, Protocol::Udp),
         frame_ring_bytes: config.shadow.ring_bytes,
         // Handshakes under way are there too.
         max_live_flows: (config.shadow.max_flows + crate::flows::MAX_OPENINGS) as u32,
@@ -185,6 +192,14 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
     removed?;
     detached?;
     Ok(())
+}
+
+fn ports(config: &Config, protocol: Protocol) -> Vec<u16> {
+    let services = config.services.iter();
+    services
+        .filter(|service| service.protocol == protocol)
+        .map(|service| service.port)
+        .collect()
 }
 
 fn stop_signals() -> Result<mpsc::Receiver<&'static str>, Fatal> {
@@ -243,11 +258,44 @@ async fn attach_and_serve(
     }
     metrics.heartbeat_age.set(f64::NAN);
     let shared = Arc::new(Shared::default());
-    let story = Arc::new(Story::new(config, role, own, xdp_mode, &shared, &metrics));
+    let (pulse, orders) = PulseHandle::new().context("cannot create an eventfd")?;
+    let sockets = VipSockets {
+        vip: config.virtual_ip,
+        ports: ports(config, Protocol::Tcp),
+    };
+    let redundancy = Arc::new(Redundancy::new(
+        Arc::clone(&shared),
+        Arc::clone(&metrics),
+        pulse.clone(),
+        sockets.clone(),
+        match config.protect {
+            Protect::Async => None,
+            Protect::Sync(_) => Some(programs.guard_maps()?),
+        },
+    ));
+    let story = Arc::new(Story::new(
+        config,
+        role,
+        own,
+        xdp_mode,
+        &shared,
+        &metrics,
+        &redundancy,
+    ));
+    let (reports, _) = broadcast::channel(FACTS);
+    let switchover = Arc::new(Switchover::new(
+        pulse.clone(),
+        reports.clone(),
+        Arc::clone(&shared),
+        Arc::clone(&metrics),
+        Arc::clone(&redundancy),
+        config.heartbeat.takeover_time(),
+    ));
     let cancel = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
     let (services_state, state) = watch::channel(State::Standby);
+    tasks.spawn(destroy_stale(sockets, state.clone()));
     let approvals = Arc::new(programs.approvals()?);
     let served = tokio::spawn(services.run(
         state,
@@ -276,7 +324,7 @@ async fn attach_and_serve(
         config, netif, tap, programs, &metrics, &shared, link, warmer, took_over,
     )?;
     let (notices, facts) = mpsc::unbounded_channel();
-    let (pulse, pulse_thread) = start_pulse(
+    let pulse_thread = start_pulse(
         config,
         role,
         own,
@@ -284,6 +332,8 @@ async fn attach_and_serve(
         tap,
         programs,
         Parts {
+            handle: pulse.clone(),
+            orders,
             session,
             engine: engine.clone(),
             services: services_state,
@@ -293,17 +343,28 @@ async fn attach_and_serve(
         },
     )?;
 
-    tasks.spawn(tell(facts, flows_took_over, Arc::clone(&story)));
+    tasks.spawn(tell(
+        facts,
+        flows_took_over,
+        Arc::clone(&story),
+        reports,
+        Arc::clone(&switchover),
+    ));
+    tasks.spawn(watch_redundancy(
+        Arc::clone(&story),
+        Arc::clone(&switchover),
+        config.preempt,
+    ));
     let log = programs.take_log()?;
     tasks.spawn(async move {
         if let Err(error) = log.run().await {
             tracing::warn!(%error, "the programs' log cannot be read");
         }
     });
-    let asked = Arc::clone(&story);
+    let (asked, mover) = (Arc::clone(&story), Arc::clone(&switchover));
     tasks.spawn(control::serve(
         control,
-        move |request| asked.answer(request),
+        move |request| answer(Arc::clone(&asked), Arc::clone(&mover), request),
         cancel.clone(),
     ));
     let readiness = Arc::clone(&story);
@@ -325,6 +386,12 @@ async fn attach_and_serve(
 
     let signal = stop.recv().await.unwrap_or("end of signals");
     tracing::info!(signal, "stopping");
+    if story.shared.node().state == State::Active {
+        match switchover.leave().await {
+            Ok(()) => tokio::time::sleep(LINGER).await,
+            Err(refused) => tracing::warn!("ending without a handover: {refused}"),
+        }
+    }
     pulse.stop();
     join(pulse_thread).await;
     cancel.cancel();
@@ -460,6 +527,14 @@ fn start_engine(
         rest: Rest::new(programs.rest()?),
         held: programs.take_held()?,
         lost: programs.lost_flows()?,
+        relay: Relay::new(RelayConfig {
+            mac: netif.mac,
+            ifindex: netif.index,
+            mtu: netif.mtu as usize,
+            overheard: config.tap == Tap::Lan,
+        }),
+        lan: PacketSocket::open(netif.index)
+            .map_err(|error| lacks_raw(error, "a packet socket"))?,
         inbox,
         metrics: Arc::clone(metrics),
         shared: Arc::clone(shared),
@@ -487,6 +562,8 @@ fn lacks_raw(error: io::Error, what: &str) -> Fatal {
 
 /// What the heartbeat thread talks to.
 struct Parts {
+    handle: PulseHandle,
+    orders: std::sync::mpsc::Receiver<Event>,
     session: u64,
     engine: EngineHandle,
     services: watch::Sender<State>,
@@ -503,7 +580,7 @@ fn start_pulse(
     tap: &Netif,
     programs: &mut Programs,
     parts: Parts,
-) -> Result<(PulseHandle, JoinHandle<()>), Fatal> {
+) -> Result<JoinHandle<()>, Fatal> {
     let node = Node::new(
         NodeConfig {
             role,
@@ -539,16 +616,15 @@ fn start_pulse(
         metrics: parts.metrics,
         shared: parts.shared,
         notices: parts.notices,
+        orders: parts.orders,
     };
-    let handle = PulseHandle::new().context("cannot create an eventfd")?;
-    let stop = handle.clone();
-    let thread = start_vital("rfsis-heartbeat", move || {
+    let handle = parts.handle;
+    start_vital("rfsis-heartbeat", move || {
         if let Err(error) = sys::real_time(HEARTBEAT_PRIORITY) {
             tracing::warn!(%error, "no real-time priority for heartbeats; a busy host may look dead; allow CAP_SYS_NICE");
         }
-        pulse.run(&stop);
-    })?;
-    Ok((handle, thread))
+        pulse.run(&handle);
+    })
 }
 
 impl FlowGate for Approvals {
@@ -566,11 +642,24 @@ async fn tell(
     mut notices: mpsc::UnboundedReceiver<Notice>,
     mut flows: mpsc::UnboundedReceiver<FlowsTookOver>,
     story: Arc<Story>,
+    reports: broadcast::Sender<Fact>,
+    switchover: Arc<Switchover>,
 ) {
+    // Ends with this task.
+    let mut grants = JoinSet::new();
     loop {
         tokio::select! {
             Some(notice) = notices.recv() => match notice {
-                Notice::Fact(fact) => log(&fact),
+                Notice::Fact(fact) => {
+                    log(&fact);
+                    // Nobody may be waiting.
+                    let _ = reports.send(fact);
+                }
+                Notice::Wished(wish) => {
+                    while grants.try_join_next().is_some() {}
+                    let switchover = Arc::clone(&switchover);
+                    grants.spawn(async move { switchover.grant(wish).await });
+                }
                 Notice::TookOver(takeover) => story.took_over(&takeover),
                 Notice::Mirrors(peer) if peer.is_nobody() => {
                     tracing::warn!("no standby is heard: the VIP's frames are not copied");
@@ -599,6 +688,50 @@ async fn tell(
             }
             else => return,
         }
+    }
+}
+
+/// Looks again and again whether the pair is redundant. A primary with `preempt` that has been a ready
+/// standby for so long asks for the VIP.
+async fn watch_redundancy(
+    story: Arc<Story>,
+    switchover: Arc<Switchover>,
+    preempt: Option<Duration>,
+) {
+    let mut ready_since = None;
+    let mut looks = tokio::time::interval(redundancy::LOOK);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        story.redundancy.look(false).await;
+        let ready = story.ready().is_ok();
+        story.redundancy.note(ready);
+        let node = story.shared.node();
+        let prefers = story.role == Role::Primary
+            && node.state == State::Standby
+            && node.peer.is_some_and(|peer| peer.role == Role::Backup);
+        ready_since = (ready && prefers).then(|| ready_since.unwrap_or_else(Instant::now));
+        if let (Some(preempt), Some(since)) = (preempt, ready_since)
+            && since.elapsed() >= preempt
+        {
+            tracing::info!(?preempt, "asking for the VIP, as the primary that is ready");
+            if let Err(refused) = switchover.switch(false).await {
+                tracing::warn!("the VIP stays with the backup: {refused}");
+            }
+            ready_since = None;
+        }
+    }
+}
+
+async fn answer(story: Arc<Story>, switchover: Arc<Switchover>, request: Request) -> Response {
+    match request {
+        Request::Status => Response::Status(Box::new(story.status())),
+        Request::Switchover { force } => match switchover.switch(force).await {
+            Ok(()) => Response::Done,
+            Err(refused) => Response::Refused {
+                reason: format!("switchover: {refused}"),
+            },
+        },
     }
 }
 
@@ -652,10 +785,6 @@ fn scrape_hook(counters: Counters, story: Arc<Story>) -> metrics::ScrapeHook {
     })
 }
 
-fn age(at: Nanos) -> Duration {
-    Duration::from_nanos(sys::monotonic().saturating_sub(at))
-}
-
 /// `Err` says when somebody was heard last, if that is longer ago than `most`.
 fn heard_within(age: Option<Duration>, most: Duration) -> Result<(), String> {
     match age {
@@ -679,7 +808,16 @@ struct Story {
     started: Instant,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
-    failovers: Mutex<(u64, Option<LastFailover>)>,
+    redundancy: Arc<Redundancy>,
+    failovers: Mutex<Failovers>,
+}
+
+/// Takeovers by this node since it started.
+#[derive(Clone, Default)]
+struct Failovers {
+    count: u64,
+    /// The latest last.
+    history: VecDeque<Failover>,
 }
 
 impl Story {
@@ -690,6 +828,7 @@ impl Story {
         xdp_mode: XdpMode,
         shared: &Arc<Shared>,
         metrics: &Arc<Metrics>,
+        redundancy: &Arc<Redundancy>,
     ) -> Self {
         let ready_silence = READY_SILENCE.max(config.heartbeat.takeover_time());
         Self {
@@ -707,6 +846,7 @@ impl Story {
             started: Instant::now(),
             shared: Arc::clone(shared),
             metrics: Arc::clone(metrics),
+            redundancy: Arc::clone(redundancy),
             failovers: Mutex::default(),
         }
     }
@@ -733,8 +873,11 @@ impl Story {
             .failovers
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        failovers.0 += 1;
-        failovers.1 = Some(LastFailover {
+        failovers.count += 1;
+        if failovers.history.len() == HISTORY {
+            failovers.history.pop_front();
+        }
+        failovers.history.push_back(Failover {
             reason: takeover.reason.as_str().to_owned(),
             epoch: takeover.epoch,
             at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
@@ -750,23 +893,41 @@ impl Story {
         self.shared.sync_heard_at().map(age)
     }
 
-    /// Whether this node's death would be survived, as far as it can tell: an active node that is to
-    /// protect and for long has not been able to is not ready, though it serves. Who restarts nodes one
-    /// after the other must wait here. A silence that is shorter is for `rfsis_protection` to show.
+    /// Whether the death of either node would be survived, and cost no connection, as far as this one can
+    /// tell: an active node that is to protect and for long has not been able to is not ready, though it
+    /// serves, and neither is a standby that lacks a flow. Who restarts nodes one after the other must wait
+    /// here. What is shorter is for `rfsis_protection` and `rfsis_flows` to show.
     fn ready(&self) -> Result<(), String> {
         let peer = self.peer;
         heard_within(self.peer_age(), self.ready_silence)
             .map_err(|heard| format!("peer {peer} was {heard}"))?;
-        match self.sync_silence {
-            Some(most) if self.shared.node().state == State::Active => {
-                heard_within(self.sync_age(), most).map_err(|heard| {
-                    format!(
-                        "not protected: peer {peer} was {heard} on the sync channel (`sync_port`)"
-                    )
-                })
+        let node = self.shared.node();
+        let peer_state = node.peer.map_or(State::Standby, |peer| peer.state);
+        match (node.state, peer_state) {
+            (State::Active, State::Standby) | (State::Standby, State::Active) => {}
+            (own, other) => {
+                let (own, other) = (own.as_str(), other.as_str());
+                return Err(format!("this node is {own} and peer {peer} is {other}"));
             }
-            _ => Ok(()),
         }
+        if let Some(most) = self.sync_silence
+            && node.state == State::Active
+        {
+            heard_within(self.sync_age(), most).map_err(|heard| {
+                format!("not protected: peer {peer} was {heard} on the sync channel (`sync_port`)")
+            })?;
+        }
+        match self.shared.safe_at().map(age) {
+            Some(age) if age <= self.ready_silence => Ok(()),
+            _ => Err(format!("not protected: {} flows", self.at_risk())),
+        }
+    }
+
+    /// Flows that a takeover by the standby would lose: neither node knows of all of them.
+    fn at_risk(&self) -> u32 {
+        let peer = self.shared.node().peer;
+        peer.map_or(0, |peer| peer.at_risk)
+            .max(self.shared.at_risk())
     }
 
     fn protection(&self) -> ProtectionStatus {
@@ -785,19 +946,10 @@ impl Story {
         }
     }
 
-    fn answer(&self, request: Request) -> Response {
-        match request {
-            Request::Status => Response::Status(Box::new(self.status())),
-            Request::Switchover => Response::Refused {
-                reason: "switchover: not supported yet".to_owned(),
-            },
-        }
-    }
-
     fn status(&self) -> Status {
         let node = self.shared.node();
         let census = self.shared.census();
-        let (failovers, last_failover) = self
+        let failovers = self
             .failovers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -811,15 +963,12 @@ impl Story {
             virtual_ip: self.virtual_ip,
             interface: self.interface.clone(),
             xdp_mode: self.xdp_mode,
-            peer: node
-                .peer
-                .zip(self.peer_age())
-                .map(|((state, epoch), age)| Peer {
-                    node: self.peer,
-                    state,
-                    epoch,
-                    heard_seconds_ago: age.as_secs_f64(),
-                }),
+            peer: node.peer.zip(self.peer_age()).map(|(peer, age)| Peer {
+                node: self.peer,
+                state: peer.state,
+                epoch: peer.epoch,
+                heard_seconds_ago: age.as_secs_f64(),
+            }),
             protection: self.protection(),
             flows: FlowCounts {
                 handshake: count(census.handshake),
@@ -829,9 +978,16 @@ impl Story {
                 unprotected: count(census.unprotected),
                 live: count(census.live),
             },
-            failovers,
-            last_failover,
+            at_risk: self.at_risk().into(),
+            redundant_since: self
+                .redundancy
+                .since()
+                .map(|since| humantime::format_rfc3339_millis(since).to_string()),
+            failovers: failovers.count,
+            last_failover: failovers.history.back().cloned(),
+            history: failovers.history.into(),
             ready: self.ready().is_ok(),
+            not_ready: self.ready().err(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
         }
     }
@@ -842,7 +998,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::shared::NodeView;
+    use crate::heartbeat::Nanos;
+    use crate::shared::{NodeView, PeerGlimpse};
 
     /// The story of an agent with the shipped config and these lines instead of its protection.
     fn story(protect: &str) -> Story {
@@ -850,7 +1007,17 @@ mod tests {
         let text = shipped.replacen("protect: sync\n", &format!("{protect}\n"), 1);
         let config = crate::config::parse(&text, Path::new("config.yaml")).unwrap();
         let metrics = Arc::new(Metrics::new("test").unwrap());
-        let shared = Arc::default();
+        let shared = Arc::<Shared>::default();
+        let redundancy = Arc::new(Redundancy::new(
+            Arc::clone(&shared),
+            Arc::clone(&metrics),
+            PulseHandle::new().unwrap().0,
+            VipSockets {
+                vip: config.virtual_ip,
+                ports: Vec::new(),
+            },
+            None,
+        ));
         Story::new(
             &config,
             Role::Primary,
@@ -858,16 +1025,33 @@ mod tests {
             XdpMode::Native,
             &shared,
             &metrics,
+            &redundancy,
         )
     }
 
+    /// The node is this, and its peer the other of active and standby; no flow is at risk.
     fn turn(story: &Story, state: State) {
+        turn_to(story, state, 0);
+    }
+
+    fn turn_to(story: &Story, state: State, at_risk: u32) {
         let view = NodeView {
             state,
             epoch: 1,
-            peer: None,
+            peer: Some(PeerGlimpse {
+                state: match state {
+                    State::Active => State::Standby,
+                    _ => State::Active,
+                },
+                epoch: 1,
+                role: Role::Backup,
+                at_risk,
+            }),
         };
         assert!(story.shared.try_set_node(view));
+        if at_risk == 0 {
+            story.shared.set_safe(ago(Duration::ZERO));
+        }
     }
 
     fn ago(duration: Duration) -> Nanos {
@@ -907,6 +1091,69 @@ mod tests {
             why.contains("last heard 5.0s ago on the sync channel"),
             "{why}"
         );
+    }
+
+    #[test]
+    fn with_flows_at_risk_for_long_neither_node_is_ready_and_status_says_how_many() {
+        let story = story("protect: async");
+        for (state, own, peer) in [(State::Standby, 0, 3), (State::Active, 3, 1)] {
+            story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+            turn_to(&story, state, peer);
+            story.shared.set_at_risk(own);
+            story.shared.set_safe(ago(Duration::from_millis(500)));
+            assert_eq!(story.ready(), Ok(()), "flows lag for moments");
+            story.shared.set_safe(ago(Duration::from_secs(2)));
+            assert_eq!(story.ready(), Err("not protected: 3 flows".into()));
+            let status = story.status();
+            assert_eq!((status.at_risk, status.ready), (3, false));
+            assert_eq!(status.not_ready, story.ready().err());
+        }
+    }
+
+    #[test]
+    fn two_standbys_are_not_ready() {
+        let story = story("protect: async");
+        story.shared.peer_heard(ago(Duration::ZERO), [0; 6]);
+        turn(&story, State::Fenced);
+        let why = story.ready().unwrap_err();
+        assert!(why.contains("fenced") && why.contains("active"), "{why}");
+    }
+
+    #[test]
+    fn the_history_keeps_the_latest_and_counts_all() {
+        let story = story("protect: async");
+        for epoch in 1..=HISTORY as u64 + 2 {
+            story.took_over(&Takeover {
+                reason: TakeoverReason::Switchover,
+                epoch,
+                duration: 5,
+            });
+        }
+        let status = story.status();
+        assert_eq!(status.failovers, HISTORY as u64 + 2);
+        let epochs: Vec<u64> = status.history.iter().map(|f| f.epoch).collect();
+        assert_eq!(epochs, (3..=HISTORY as u64 + 2).collect::<Vec<_>>());
+        assert_eq!(status.last_failover.as_ref(), status.history.last());
+        assert_eq!(status.history[0].reason, "switchover");
+    }
+
+    #[test]
+    fn redundancy_is_dated_while_it_lasts_and_its_lack_is_counted() {
+        let story = story("protect: async");
+        story.redundancy.note(false);
+        assert_eq!(story.status().redundant_since, None);
+        assert!(story.metrics.without_redundancy.get() > 0.0);
+        story.redundancy.note(true);
+        let (since, without) = (
+            story.status().redundant_since,
+            story.metrics.without_redundancy.get(),
+        );
+        assert!(since.is_some());
+        story.redundancy.note(true);
+        assert_eq!(story.status().redundant_since, since);
+        assert_eq!(story.metrics.without_redundancy.get(), without);
+        story.redundancy.note(false);
+        assert_eq!(story.status().redundant_since, None);
     }
 
     #[test]

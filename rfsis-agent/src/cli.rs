@@ -49,8 +49,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Hand the virtual IP over to the peer, planned.
-    Switchover,
+    /// Move the virtual IP to the other node, planned: nothing is lost. Asked on either node.
+    Switchover {
+        /// Although connections are lost by that: unprotected ones, or all while nothing is confirmed.
+        #[arg(long)]
+        force: bool,
+    },
     /// Remove what a crashed agent left on this host.
     Cleanup,
 }

@@ -19,9 +19,10 @@ use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::link::Link;
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
+use crate::relay::{Relay, syn_of};
 use crate::shared::Shared;
-use crate::sys::{self, RawIpSocket};
 use crate::warm::Warmer;
+use crate::sys::{self, PacketSocket, RawIpSocket};
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
@@ -48,6 +49,15 @@ pub enum Command {
     },
     /// The node has yielded.
     GoStandby,
+    /// The gate was closed, and the VIP is offered to the peer.
+    HandOver,
+    /// The peer did not take it: the gate is open again.
+    TakeBack,
+    /// The peer has taken it; follows [`Command::GoStandby`].
+    HandedOver {
+        /// Hardware address of its end of the LAN.
+        to: MacAddr,
+    },
     /// The agent ends.
     Stop,
 }
@@ -202,6 +212,10 @@ pub struct Engine {
     pub held: RingBuf<MapData>,
     /// Flows that lost a copy.
     pub lost: LostFlows,
+    /// What is the peer's to answer after a handover.
+    pub relay: Relay,
+    /// Sends that.
+    pub lan: PacketSocket,
     /// Commands of the heartbeat thread.
     pub inbox: Inbox,
     /// Counters.
@@ -243,6 +257,12 @@ impl Engine {
                         }
                         next_census = 0;
                     }
+                    Ok(Command::HandOver) => self.hand_over(),
+                    Ok(Command::TakeBack) => self.relay.close(),
+                    Ok(Command::HandedOver { to }) => {
+                        let now = sys::monotonic();
+                        self.relay.open(to, now, |frame| send_on(&self.lan, frame));
+                    }
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
                     Err(TryRecvError::Empty) => break,
                 }
@@ -282,6 +302,16 @@ impl Engine {
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
+            let relayed = self
+                .relay
+                .process(&header, frame, self.shared.peer_tap(), |frame| {
+                    send_on(&self.lan, frame)
+                });
+            if let Some(result) = relayed {
+                drop(entry);
+                self.metrics.frames.inc(result);
+                continue;
+            }
             let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(
                 |(direction, packet)| {
                     let arrival = header.arrival_ns;
@@ -303,7 +333,18 @@ impl Engine {
         true
     }
 
+    /// Clients whose SYN-ACK is held, for want of a confirmation, are answered by the peer.
+    fn hand_over(&mut self) {
+        self.relay.begin();
+        if let Some(link) = &self.link {
+            for open in link.guard.openings() {
+                self.relay.keep(syn_of(open, self.flows.vip()));
+            }
+        }
+    }
+
     fn go_live(&mut self, at: Nanos) {
+        self.relay.close();
         // What was mirrored before the kernel took over belongs to the standby.
         while self.take_frames(BATCH, at) {}
         self.take_lost();
@@ -397,6 +438,11 @@ impl Engine {
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
         let _ = self.inbox.wake.read();
     }
+}
+
+/// Not sent is as good as lost: the client repeats it.
+fn send_on(lan: &PacketSocket, frame: &[u8]) {
+    let _ = lan.send(frame);
 }
 
 /// Where a standby's frames come from.
@@ -493,7 +539,10 @@ mod tests {
     fn a_standby_with_a_mirror_takes_only_copies_by_the_peer_on_its_tap() {
         let source = FrameSource::Mirror(TAP);
         for direction in [Direction::ToVip, Direction::FromVip] {
-            for state in [State::Standby, State::TakingOver, State::Fenced] {
+            for state in State::ALL
+                .into_iter()
+                .filter(|state| *state != State::Active)
+            {
                 assert!(taken(source, state, direction, PEER, TAP));
                 assert!(!taken(source, state, direction, CLIENT, TAP));
                 assert!(!taken(source, state, direction, PEER, TAP + 1));

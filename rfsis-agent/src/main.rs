@@ -33,8 +33,9 @@ fn dispatch(cli: &Cli) -> Result<(), Fatal> {
                 other => Err(unexpected(&other)),
             }
         }
-        Some(Command::Switchover) => {
-            match control::ask(&config.control, Request::Switchover).map_err(anyhow::Error::from)? {
+        Some(Command::Switchover { force }) => {
+            let request = Request::Switchover { force };
+            match control::ask(&config.control, request).map_err(anyhow::Error::from)? {
                 Response::Done => Ok(()),
                 other => Err(unexpected(&other)),
             }

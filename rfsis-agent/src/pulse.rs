@@ -7,11 +7,12 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{HeartbeatEvent, MirrorPeer, NodeState, State};
 use tokio::sync::{mpsc, watch};
@@ -19,10 +20,11 @@ use tokio::sync::{mpsc, watch};
 use crate::announce::{self, Announcer};
 use crate::bpf::{MirrorWriter, StateWriter};
 use crate::engine::{Command, EngineHandle};
+use crate::heartbeat::wish::Wish;
 use crate::heartbeat::{Codec, MacAddr, Nanos};
 use crate::metrics::{HeartbeatReceived, HeartbeatSent, Metrics};
-use crate::node::{Action, Event, Fact, HeartbeatResult, Node, TakeoverReason};
-use crate::shared::{NodeView, Shared};
+use crate::node::{Action, Event, Fact, HeartbeatResult, Node, TakeoverReason, YieldReason};
+use crate::shared::{NodeView, PeerGlimpse, Shared};
 use crate::sys::{self, PacketSocket};
 
 /// Heartbeats taken from the ring before time is looked at again. A flood of forged frames must not
@@ -52,6 +54,8 @@ pub enum Notice {
     TookOver(Takeover),
     /// The kernel refused a write of the state: the gate closes when its lease lapses.
     StateNotWritten,
+    /// The standby asks for the VIP.
+    Wished(Wish),
     /// From now on the active copies the VIP's frames to this peer, or to nobody.
     Mirrors(MirrorPeer),
     /// The kernel refused to be told whom to copy to: it goes on as before.
@@ -90,6 +94,8 @@ pub struct Pulse {
     pub shared: Arc<Shared>,
     /// What others must hear.
     pub notices: mpsc::UnboundedSender<Notice>,
+    /// What it is told to do.
+    pub orders: Receiver<Event>,
 }
 
 impl std::fmt::Debug for Pulse {
@@ -100,23 +106,36 @@ impl std::fmt::Debug for Pulse {
     }
 }
 
-/// Stops the thread.
+/// Tells the thread what to do, and stops it.
 #[derive(Clone, Debug)]
 pub struct PulseHandle {
     stop: Arc<AtomicBool>,
+    orders: Sender<Event>,
     wake: Arc<EventFd>,
 }
 
 impl PulseHandle {
-    /// A handle for a thread that is still to be started.
+    /// A handle for a thread that is still to be started, and the end of it that the thread has.
     ///
     /// # Errors
     /// Of eventfd(2).
-    pub fn new() -> nix::Result<Self> {
-        Ok(Self {
+    pub fn new() -> nix::Result<(Self, Receiver<Event>)> {
+        let (sender, orders) = channel();
+        let handle = Self {
             stop: Arc::new(AtomicBool::new(false)),
-            wake: Arc::new(EventFd::new()?),
-        })
+            orders: sender,
+            wake: Arc::new(EventFd::from_flags(
+                EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
+            )?),
+        };
+        Ok((handle, orders))
+    }
+
+    /// Gives the node an event. Never waits.
+    pub fn order(&self, event: Event) {
+        // Both fail only when the thread has ended, and then nobody is to be told.
+        let _ = self.orders.send(event);
+        let _ = self.wake.write(1);
     }
 
     /// Asks the thread to close the gate and end.
@@ -137,12 +156,16 @@ impl Pulse {
             decided_at: 0,
             spoke_at: 0,
             took_over: None,
+            handing_over: false,
             spare: Vec::new(),
         };
         loop {
             let stopping = handle.stop.load(Ordering::Acquire);
             let now = sys::monotonic();
             self.drain(now, &mut runner);
+            while let Ok(order) = self.orders.try_recv() {
+                self.handle(order, now, &mut runner);
+            }
             let event = if stopping { Event::Stop } else { Event::Tick };
             if stopping || now >= self.node.next_wakeup() {
                 runner.decided_at = now;
@@ -233,6 +256,12 @@ impl Pulse {
                     runner.announcer.stop();
                 }
                 self.write_state(state, lease_until);
+                match (runner.handing_over, state) {
+                    (_, State::HandingOver) => self.engine.send(Command::HandOver),
+                    (true, State::Active) => self.engine.send(Command::TakeBack),
+                    _ => {}
+                }
+                runner.handing_over = state == State::HandingOver;
             }
             Action::RenewLease { until } => self.write_state(State::Active, until),
             Action::TakeOver { reason, epoch, .. } => {
@@ -245,10 +274,16 @@ impl Pulse {
                 runner.announcer.due(now);
                 self.announce(runner);
             }
-            Action::Yield { .. } => {
+            Action::Yield { reason } => {
                 set_services(&self.services, State::Standby);
                 self.engine.send(Command::GoStandby);
+                if reason == YieldReason::HandedOver
+                    && let Some(peer) = self.node.peer()
+                {
+                    self.engine.send(Command::HandedOver { to: peer.mac });
+                }
             }
+            Action::Wished(wish) => self.notice(Notice::Wished(wish)),
             Action::Count(HeartbeatResult::Accepted) => {
                 self.metrics.heartbeats_received.inc(HeartbeatReceived::Ok);
             }
@@ -282,7 +317,10 @@ impl Pulse {
         let Some(mirror) = &self.mirror else {
             return;
         };
-        let speaks = matches!(self.node.state(), State::Active | State::TakingOver);
+        let speaks = matches!(
+            self.node.state(),
+            State::Active | State::TakingOver | State::HandingOver
+        );
         let listens = |state| state == State::Standby && self.node.peer_heard(now);
         let peer = match self.node.peer() {
             Some(peer) if speaks && listens(peer.state) => MirrorPeer::at(peer.tap_mac),
@@ -323,6 +361,7 @@ impl Pulse {
         };
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds[..watched], timeout, None);
+        let _ = wake.read();
     }
 
     /// Shows the node's state to the other threads. Never waits: what does not get through now does
@@ -337,7 +376,12 @@ impl Pulse {
         let view = NodeView {
             state: self.node.state(),
             epoch: self.node.epoch(),
-            peer: peer.map(|p| (p.state, p.epoch)),
+            peer: peer.map(|p| PeerGlimpse {
+                state: p.state,
+                epoch: p.epoch,
+                role: p.role,
+                at_risk: p.at_risk,
+            }),
         };
         if runner.published != Some(view) && self.shared.try_set_node(view) {
             runner.published = Some(view);
@@ -353,6 +397,8 @@ struct Runner {
     decided_at: Nanos,
     spoke_at: Nanos,
     took_over: Option<(TakeoverReason, u64)>,
+    /// The kernel's state is that of a handover.
+    handing_over: bool,
     /// Actions, kept so that a heartbeat allocates nothing.
     spare: Vec<Action>,
 }

@@ -1,10 +1,11 @@
 //! What the threads show each other. The real-time thread never waits here.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rfsis_common::maps::State;
 
+use crate::cli::Role;
 use crate::flows::Census;
 use crate::heartbeat::{MacAddr, Nanos};
 
@@ -15,8 +16,21 @@ pub struct NodeView {
     pub state: State,
     /// Its epoch.
     pub epoch: u64,
-    /// State and epoch of the peer, once heard.
-    pub peer: Option<(State, u64)>,
+    /// The peer, once heard.
+    pub peer: Option<PeerGlimpse>,
+}
+
+/// What was last heard of the peer, as far as others than the heartbeat thread care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerGlimpse {
+    /// What it is.
+    pub state: State,
+    /// Its epoch.
+    pub epoch: u64,
+    /// What the operator prefers it to be.
+    pub role: Role,
+    /// Flows that a takeover by the standby would lose, as far as the peer knows.
+    pub at_risk: u32,
 }
 
 /// Written by the heartbeat thread and the shadow thread, read by the rest.
@@ -31,6 +45,10 @@ pub struct Shared {
     peer_session: AtomicU64,
     epoch: AtomicU64,
     sync_heard_at: AtomicU64,
+    /// Flows that a takeover by the standby would lose, as far as is known here.
+    at_risk: AtomicU32,
+    /// When neither node knew of any, 0 if never.
+    safe_at: AtomicU64,
 }
 
 impl Default for Shared {
@@ -47,6 +65,8 @@ impl Default for Shared {
             peer_session: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
             sync_heard_at: AtomicU64::new(0),
+            at_risk: AtomicU32::new(0),
+            safe_at: AtomicU64::new(0),
         }
     }
 }
@@ -114,6 +134,26 @@ impl Shared {
     /// When the peer was heard on the sync channel last, ns; `None` if never.
     pub fn sync_heard_at(&self) -> Option<Nanos> {
         Some(self.sync_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// Flows that a takeover by the standby would lose, as far as is known here.
+    pub fn at_risk(&self) -> u32 {
+        self.at_risk.load(Ordering::Relaxed)
+    }
+
+    /// Shows a new count of them; returns the old one.
+    pub fn set_at_risk(&self, flows: u32) -> u32 {
+        self.at_risk.swap(flows, Ordering::Relaxed)
+    }
+
+    /// When neither node knew of any flow at risk last, ns; `None` if never.
+    pub fn safe_at(&self) -> Option<Nanos> {
+        Some(self.safe_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// At `at` (ns) neither node knows of any.
+    pub fn set_safe(&self, at: Nanos) {
+        self.safe_at.store(at, Ordering::Relaxed);
     }
 
     /// The hardware address of the peer's tap, as its authenticated heartbeats say.

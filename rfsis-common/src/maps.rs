@@ -12,15 +12,18 @@ pub enum State {
     TakingOver = 2,
     /// Was active and found its lease lapsed: silent until it knows what the peer did meanwhile.
     Fenced = 3,
+    /// Was active and offers the VIP to the standby: silent until it is taken, or was not.
+    HandingOver = 4,
 }
 
 impl State {
     /// All states, in the order of their numbers.
-    pub const ALL: [State; 4] = [
+    pub const ALL: [State; 5] = [
         State::Standby,
         State::Active,
         State::TakingOver,
         State::Fenced,
+        State::HandingOver,
     ];
 
     /// The state with this number, if there is one.
@@ -30,6 +33,7 @@ impl State {
             1 => Some(State::Active),
             2 => Some(State::TakingOver),
             3 => Some(State::Fenced),
+            4 => Some(State::HandingOver),
             _ => None,
         }
     }
@@ -41,6 +45,7 @@ impl State {
             State::Active => "active",
             State::TakingOver => "taking_over",
             State::Fenced => "fenced",
+            State::HandingOver => "handing_over",
         }
     }
 }
@@ -49,7 +54,7 @@ impl State {
 ///
 /// A takeover is one write of this value. A reader may see it half-written (array maps copy word by
 /// word): the new state with the old lease is a lapsed lease, the old state with the new lease is
-/// not active, so both halves read as *closed*.
+/// not active, so both halves read as *closed*. A handover leaves the lease as it was.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct NodeState {

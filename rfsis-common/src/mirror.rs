@@ -98,7 +98,11 @@ pub fn mirror_decide(
     if !matches!(frame.class, FrameClass::Vip) {
         return MirrorAction::Ignore;
     }
-    if !node.may_speak(now_ns) {
+    let may_copy = match frame.direction {
+        Direction::ToVip => node.may_copy_input(now_ns),
+        Direction::FromVip => node.may_speak(now_ns),
+    };
+    if !may_copy {
         return MirrorAction::Skip(MirrorVerdict::Closed);
     }
     if peer.is_nobody() {
@@ -196,11 +200,29 @@ mod tests {
         let closed = MirrorAction::Skip(MirrorVerdict::Closed);
         assert_eq!(ask(&OPEN, 1000, PEER), MirrorAction::Clone);
         assert_eq!(ask(&OPEN, 1001, PEER), closed);
-        for state in [0, 2, 3, 99] {
+        for state in [0, 2, 3, 5, 99] {
             assert_eq!(ask(&NodeState { state, ..OPEN }, 0, PEER), closed);
         }
         let nobody = MirrorAction::Skip(MirrorVerdict::NoStandby);
         assert_eq!(ask(&OPEN, 0, MirrorPeer::NOBODY), nobody);
+    }
+
+    #[test]
+    fn while_the_vip_is_handed_over_input_is_copied_until_the_lease_lapses_and_output_is_not() {
+        let handing_over = NodeState {
+            state: State::HandingOver as u64,
+            ..OPEN
+        };
+        let ask = |frame: &[u8], now| {
+            let frame = classify(&frame, VIP);
+            mirror_decide(&frame, &handing_over, now, PEER, MirrorEgress::Full, |_| {
+                None
+            })
+        };
+        let closed = MirrorAction::Skip(MirrorVerdict::Closed);
+        assert_eq!(ask(&tcp_to_vip(ACK), 1000), MirrorAction::Clone);
+        assert_eq!(ask(&tcp_to_vip(ACK), 1001), closed);
+        assert_eq!(ask(&tcp_from_vip(ACK), 1000), closed);
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl NodeState {
             1 => State::Active,
             2 => State::TakingOver,
             3 => State::Fenced,
+            4 => State::HandingOver,
             _ => State::Standby,
         }
     }
@@ -80,6 +81,13 @@ impl NodeState {
     #[inline(always)]
     pub const fn may_speak(&self, now_ns: u64) -> bool {
         matches!(self.state(), State::Active) && now_ns <= self.lease_ns
+    }
+
+    /// Whether what came in for the VIP may be copied to the standby at `now` (ns). A frame may be between
+    /// the programs on ingress when the gate is closed for a handover: it is the standby's to answer.
+    #[inline(always)]
+    pub const fn may_copy_input(&self, now_ns: u64) -> bool {
+        matches!(self.state(), State::Active | State::HandingOver) && now_ns <= self.lease_ns
     }
 }
 
@@ -254,7 +262,7 @@ mod tests {
     fn a_lease_ends_after_its_last_nanosecond_and_only_the_active_has_one() {
         assert!(OPEN.may_speak(1000));
         assert!(!OPEN.may_speak(1001));
-        for state in [0, 2, 3, 4, u64::MAX] {
+        for state in [0, 2, 3, 4, 5, u64::MAX] {
             assert!(!NodeState { state, ..OPEN }.may_speak(0), "state {state}");
         }
         // Half-written in either order: the new state with the old lease, the old with the new.
@@ -278,7 +286,10 @@ mod tests {
             ask(State::Active, false),
             XdpAction::Pass(XdpVerdict::PassVip)
         );
-        for state in [State::Standby, State::TakingOver, State::Fenced] {
+        for state in State::ALL {
+            if state == State::Active {
+                continue;
+            }
             let action = xdp_decide(&frame, state, |_| panic!("asked on {state:?}"));
             assert_eq!(action, XdpAction::Mirror);
         }

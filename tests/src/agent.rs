@@ -72,6 +72,9 @@ pub struct Settings {
     pub protect_timeout: Option<String>,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
+    /// How long a primary is a ready standby until it asks for the VIP, as the config writes it; never if
+    /// not given.
+    pub preempt: Option<String>,
     /// Heartbeat interval as the config writes it.
     pub interval: String,
     /// Intervals without heartbeat until takeover.
@@ -92,6 +95,7 @@ impl Default for Settings {
             sync: false,
             protect_timeout: None,
             udp_replay: None,
+            preempt: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
             startup_grace: format!("{}s", slowness()),
@@ -119,6 +123,7 @@ impl Settings {
             sync,
             protect_timeout,
             udp_replay,
+            preempt,
             interval,
             missed,
             startup_grace,
@@ -136,7 +141,7 @@ impl Settings {
              key: {key:?}\n\
              {}\
              protect: {}\n\
-             {}{}\
+             {}{}{}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
@@ -146,6 +151,7 @@ impl Settings {
             if *sync { "sync" } else { "async" },
             given("protect_timeout", protect_timeout),
             given("udp_replay", udp_replay),
+            given("preempt", preempt),
         );
         for (handler, number) in [
             ("echo", port::ECHO),

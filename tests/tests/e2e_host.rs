@@ -159,7 +159,7 @@ fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on(wiring: Wi
     // An unresolved neighbour that is flushed refuses the connection that waits for it.
     nc.echoes("before");
     wait_until(
-        "the backup to be ready",
+        "the backup to hear the primary",
         || backup.status(),
         |status| {
             lab.client()
@@ -168,7 +168,7 @@ fn a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on(wiring: Wi
             nc.echoes("meanwhile");
             status
                 .as_ref()
-                .is_some_and(|status| status["ready"] == true)
+                .is_some_and(|status| status["peer"]["state"] == "active")
         },
     );
     let trace = capture.stop();

@@ -20,7 +20,7 @@ fn wait_until_they_hear_each_other(pair: &Pair) {
     for agent in [&pair.primary, &pair.backup] {
         agent.wait_status("a peer", |status| {
             let states = [&status["state"], &status["peer"]["state"]];
-            status["ready"] == true && states.contains(&&"active".into()) && states[0] != states[1]
+            states.contains(&&"active".into()) && states.contains(&&"standby".into())
         });
         agent.wait_not_degraded();
     }

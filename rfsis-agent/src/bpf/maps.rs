@@ -315,6 +315,11 @@ impl GuardMaps {
         remove(names::GUARDED, &self.flows, flow)
     }
 
+    /// Whether the gate knows a flow.
+    pub fn is_published(&self, flow: &FlowKey) -> bool {
+        self.flows.lock().get(flow, 0).is_ok()
+    }
+
     /// Tells the gate what the standby holds of the flow in a slot.
     ///
     /// # Errors

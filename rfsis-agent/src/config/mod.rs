@@ -75,6 +75,9 @@ pub struct Config {
     /// How long a UDP datagram waits for the active's answer before the standby forgets it, at most 10 s;
     /// default 1 s. Zero: none is kept, and none is answered after a takeover.
     pub udp_replay: Duration,
+    /// A primary that has been a ready standby for so long asks for the VIP, 1 s to 1 day; `None`, the
+    /// default, for never.
+    pub preempt: Option<Duration>,
     /// Heartbeat timing.
     pub heartbeat: HeartbeatConfig,
     /// At least one service.

@@ -219,6 +219,7 @@ impl<'a> Reader<'a> {
                 "protect_timeout",
                 "sync_port",
                 "udp_replay",
+                "preempt",
                 "heartbeat",
                 "services",
                 "shadow",
@@ -261,6 +262,13 @@ impl<'a> Reader<'a> {
             "a duration like 1s, at most 10s, or 0",
             duration_in(Duration::ZERO, Duration::from_secs(10)),
         );
+        let preempt = self.optional(
+            &root,
+            "preempt",
+            None,
+            "a duration like 1m, from 1s to 24h; without the key it is never done",
+            |text| duration_in(Duration::from_secs(1), DAY)(text).map(Some),
+        );
         let services = self.services(&root);
         let shadow = self.shadow(&root);
         let metrics = self.metrics(&root);
@@ -284,6 +292,7 @@ impl<'a> Reader<'a> {
             tap: tap?,
             protect: protect?,
             udp_replay: udp_replay?,
+            preempt: preempt?,
             heartbeat: heartbeat?,
             services: services?,
             shadow: shadow?,

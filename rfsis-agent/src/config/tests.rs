@@ -126,6 +126,7 @@ fn what_is_left_out_has_the_documented_default() {
         })
     );
     assert_eq!(config.udp_replay, Duration::from_secs(1));
+    assert_eq!(config.preempt, None);
     assert_eq!(config.metrics, "0.0.0.0:9500".parse().unwrap());
     assert_eq!(config.control, Path::new("/run/rfsis/agent.sock"));
     assert_eq!(config.heartbeat.lease, Duration::from_millis(25));
@@ -148,11 +149,13 @@ fn what_is_given_is_taken() {
          control: /tmp/a.sock\n\
          tap: lan\n\
          protect: async\n\
-         udp_replay: 10s",
+         udp_replay: 10s\n\
+         preempt: 90s",
     );
     let config = read(&text).unwrap();
     assert_eq!((config.tap, config.protect), (Tap::Lan, Protect::Async));
     assert_eq!(config.udp_replay, Duration::from_secs(10));
+    assert_eq!(config.preempt, Some(Duration::from_secs(90)));
     assert_eq!(
         config.heartbeat,
         HeartbeatConfig {
@@ -263,7 +266,7 @@ fn every_mistake_is_named_with_its_line() {
             "1: cluster: found nothing, expected a name of 1 to 64 characters".into(),
         ]),
         ("", "colour: red", vec![
-            "9: colour: found an unknown key, expected one of cluster, interface, xdp, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, protect_timeout, sync_port, udp_replay, heartbeat, services, shadow, metrics, control".into(),
+            "9: colour: found an unknown key, expected one of cluster, interface, xdp, virtual_ip, nodes, key, key_file, tap, sync_interface, mirror_egress, protect, protect_timeout, sync_port, udp_replay, preempt, heartbeat, services, shadow, metrics, control".into(),
         ]),
         ("", "interface: eth1", vec!["9: interface: found the key a second time, after line 2, expected it once".into()]),
         ("heartbeat", "heartbeat: { interval: 10ms, missed: 3, leese: 20ms }", vec![
@@ -314,6 +317,8 @@ fn every_mistake_is_named_with_its_line() {
             "10: protect_timeout: found \"30ms\", expected this key only beside protect: sync".into(),
             "11: sync_port: found \"9501\", expected this key only beside protect: sync".into(),
         ]),
+        ("", "preempt: 999ms", vec!["9: preempt: found \"999ms\", expected a duration like 1m, from 1s to 24h; without the key it is never done".into()]),
+        ("", "preempt: 0", vec!["9: preempt: found \"0\", expected a duration like 1m, from 1s to 24h; without the key it is never done".into()]),
         ("", "udp_replay: 1", vec!["9: udp_replay: found \"1\", expected a duration like 1s, at most 10s, or 0".into()]),
         ("", "udp_replay: 10001ms", vec!["9: udp_replay: found \"10001ms\", expected a duration like 1s, at most 10s, or 0".into()]),
         ("", "tap: hub", vec!["9: tap: found \"hub\", expected lan or mirror".into()]),

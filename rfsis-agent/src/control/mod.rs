@@ -15,9 +15,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-pub use status::{FlowCounts, LastFailover, Peer, ProtectionStatus, Status};
+pub use status::{Failover, FlowCounts, Peer, ProtectionStatus, Status};
 
 /// Most bytes of a request line.
 const MAX_REQUEST: u64 = 4 * 1024;
@@ -27,6 +28,8 @@ const MAX_RESPONSE: u64 = 64 * 1024;
 const MAX_CLIENTS: usize = 16;
 /// A client has this long for its request and for reading the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// An agent needs so long for a switchover at the most: see `switchover`.
+const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after an accept error that will not go away by itself, such as EMFILE.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -36,8 +39,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Request {
     /// What is the node doing?
     Status,
-    /// Hand the VIP over to the peer.
-    Switchover,
+    /// Move the VIP to the other node.
+    Switchover {
+        /// Although connections are lost by that.
+        #[serde(default)]
+        force: bool,
+    },
 }
 
 /// What is answered.
@@ -138,9 +145,9 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers until cancelled, then removes the socket file.
-pub async fn serve(
+pub async fn serve<A: Future<Output = Response> + Send>(
     listener: UnixListener,
-    handle: impl Fn(Request) -> Response + Clone + Send + 'static,
+    handle: impl Fn(Request) -> A + Clone + Send + Sync + 'static,
     cancel: CancellationToken,
 ) {
     let path = listener
@@ -165,9 +172,9 @@ pub async fn serve(
     }
 }
 
-async fn accept(
+async fn accept<A: Future<Output = Response> + Send>(
     listener: &tokio::net::UnixListener,
-    handle: impl Fn(Request) -> Response + Clone + Send + 'static,
+    handle: impl Fn(Request) -> A + Clone + Send + Sync + 'static,
     cancel: &CancellationToken,
 ) {
     let clients = Arc::new(Semaphore::new(MAX_CLIENTS));
@@ -183,13 +190,10 @@ async fn accept(
         let handle = handle.clone();
         let cancel = cancel.clone();
         tokio::spawn(async move {
-            let conversation = tokio::time::timeout(CLIENT_TIMEOUT, converse(stream, handle));
             tokio::select! {
                 () = cancel.cancelled() => {}
-                outcome = conversation => match outcome {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => tracing::debug!(%error, "control: client left"),
-                    Err(_) => tracing::debug!("control: client too slow"),
+                outcome = converse(stream, handle) => if let Err(error) = outcome {
+                    tracing::debug!(%error, "control: client left, or is too slow");
                 }
             }
             drop(permit);
@@ -197,17 +201,16 @@ async fn accept(
     }
 }
 
-async fn converse(
+async fn converse<A: Future<Output = Response>>(
     stream: tokio::net::UnixStream,
-    handle: impl Fn(Request) -> Response,
+    handle: impl Fn(Request) -> A,
 ) -> io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = Vec::new();
-    tokio::io::BufReader::new(reader.take(MAX_REQUEST))
-        .read_until(b'\n', &mut line)
-        .await?;
+    let mut reader = tokio::io::BufReader::new(reader.take(MAX_REQUEST));
+    timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await??;
     let response = match serde_json::from_slice::<Request>(&line) {
-        Ok(request) => handle(request),
+        Ok(request) => handle(request).await,
         Err(error) => Response::Refused {
             reason: format!(
                 "found a request that cannot be read ({error}), expected one JSON line like {{\"command\":\"status\"}}"
@@ -216,10 +219,10 @@ async fn converse(
     };
     let mut answer = serde_json::to_vec(&response)?;
     answer.push(b'\n');
-    writer.write_all(&answer).await
+    timeout(CLIENT_TIMEOUT, writer.write_all(&answer)).await?
 }
 
-/// Asks the agent behind `path`. Blocks, at most about five seconds.
+/// Asks the agent behind `path`. Blocks, at most about five seconds; for a switchover, a minute.
 ///
 /// # Errors
 /// [`ControlError::Unreachable`], [`ControlError::Garbled`].
@@ -236,7 +239,11 @@ pub fn ask(path: &Path, request: Request) -> Result<Response, ControlError> {
 
 fn exchange(path: &Path, request: Request) -> io::Result<Vec<u8>> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
+    let patience = match request {
+        Request::Status => CLIENT_TIMEOUT,
+        Request::Switchover { .. } => SWITCHOVER_TIMEOUT,
+    };
+    stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
     let mut question = serde_json::to_vec(&request)?;
     question.push(b'\n');
@@ -265,10 +272,11 @@ mod tests {
             let directory = TempDir::new().unwrap();
             let cancel = CancellationToken::new();
             let listener = bind(&directory.path().join("run/agent.sock")).unwrap();
-            let answer = |request| match request {
+            let answer = async |request| match request {
                 Request::Status => Response::Status(Box::new(status())),
-                Request::Switchover => Response::Refused {
-                    reason: "switchover: not supported yet".into(),
+                Request::Switchover { force: true } => Response::Done,
+                Request::Switchover { force: false } => Response::Refused {
+                    reason: "3 flows are unprotected".into(),
                 },
             };
             let task = tokio::spawn(serve(listener, answer, cancel.clone()));
@@ -303,15 +311,21 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn status_travels_whole_and_switchover_is_refused() {
+    async fn status_travels_whole_and_so_do_a_refusal_and_what_forces_it() {
         let server = Server::start();
         let answer = server.ask(Request::Status).await.unwrap();
         assert_eq!(answer, Response::Status(Box::new(status())));
-        let answer = server.ask(Request::Switchover).await.unwrap();
-        let Response::Refused { reason } = answer else {
-            panic!("{answer:?}");
+        let switchover = |force| server.ask(Request::Switchover { force });
+        let Response::Refused { reason } = switchover(false).await.unwrap() else {
+            panic!("not refused");
         };
-        assert_eq!(reason, "switchover: not supported yet");
+        assert_eq!(reason, "3 flows are unprotected");
+        assert_eq!(switchover(true).await.unwrap(), Response::Done);
+        let bare = server.raw(b"{\"command\":\"switchover\"}\n").await;
+        assert!(
+            bare.starts_with("{\"refused\""),
+            "without a word it is not forced: {bare}"
+        );
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,12 +35,20 @@ pub struct Status {
     pub protection: ProtectionStatus,
     /// Flows by condition.
     pub flows: FlowCounts,
+    /// Flows that a takeover by the standby would lose, as far as the nodes know.
+    pub at_risk: u64,
+    /// Since when the death of either node would cost no connection, RFC 3339; `None` while it would.
+    pub redundant_since: Option<String>,
     /// Takeovers by this node since it started.
     pub failovers: u64,
     /// The latest of them.
-    pub last_failover: Option<LastFailover>,
-    /// Programs attached and peer heard; of an active node that protects, on the sync channel too.
+    pub last_failover: Option<Failover>,
+    /// The latest few of them, the last at the end.
+    pub history: Vec<Failover>,
+    /// The death of either node would be survived, and cost no connection.
     pub ready: bool,
+    /// Why not.
+    pub not_ready: Option<String>,
     /// Since the agent started, seconds.
     pub uptime_seconds: f64,
 }
@@ -93,9 +101,9 @@ pub struct FlowCounts {
     pub live: u64,
 }
 
-/// The latest takeover by this node.
+/// A takeover by this node.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct LastFailover {
+pub struct Failover {
     /// Why.
     pub reason: String,
     /// Epoch that it began.
@@ -181,15 +189,20 @@ impl fmt::Display for Status {
             flows.diverged,
             flows.unprotected
         )?;
+        match (&self.redundant_since, &self.not_ready) {
+            (Some(since), _) => writeln!(f, "redundancy  since {since}")?,
+            (None, Some(why)) => writeln!(f, "redundancy  none: {why}")?,
+            (None, None) => writeln!(f, "redundancy  since now")?,
+        }
         write!(f, "failovers   {}", self.failovers)?;
-        if let Some(last) = &self.last_failover {
+        for failover in self.history.iter().rev() {
             write!(
                 f,
-                ", last at {}: {}, epoch {}, took {}",
-                last.at,
-                last.reason,
-                last.epoch,
-                seconds(last.duration_seconds)
+                "\n            {}: {}, epoch {}, took {}",
+                failover.at,
+                failover.reason,
+                failover.epoch,
+                seconds(failover.duration_seconds)
             )?;
         }
         Ok(())
@@ -232,6 +245,15 @@ fn seconds(seconds: f64) -> String {
 pub(super) mod tests {
     use super::*;
 
+    fn failover(epoch: u64) -> Failover {
+        Failover {
+            reason: "peer_silent".into(),
+            epoch,
+            at: format!("2026-01-02T03:04:0{epoch}Z"),
+            duration_seconds: 0.00042,
+        }
+    }
+
     /// One with something in every field.
     pub(in crate::control) fn status() -> Status {
         Status {
@@ -260,14 +282,13 @@ pub(super) mod tests {
                 live: 200,
                 ..FlowCounts::default()
             },
-            failovers: 1,
-            last_failover: Some(LastFailover {
-                reason: "peer_silent".into(),
-                epoch: 8,
-                at: "2026-01-02T03:04:05Z".into(),
-                duration_seconds: 0.00042,
-            }),
-            ready: true,
+            at_risk: 202,
+            redundant_since: None,
+            failovers: 2,
+            last_failover: Some(failover(8)),
+            history: vec![failover(6), failover(8)],
+            ready: false,
+            not_ready: Some("not protected: 202 flows".into()),
             uptime_seconds: 7500.9,
         }
     }
@@ -306,14 +327,31 @@ pub(super) mod tests {
                     "unprotected": 0,
                     "live": 200
                 },
-                "failovers": 1,
+                "at_risk": 202,
+                "redundant_since": null,
+                "failovers": 2,
                 "last_failover": {
                     "reason": "peer_silent",
                     "epoch": 8,
-                    "at": "2026-01-02T03:04:05Z",
+                    "at": "2026-01-02T03:04:08Z",
                     "duration_seconds": 0.00042
                 },
-                "ready": true,
+                "history": [
+                    {
+                        "reason": "peer_silent",
+                        "epoch": 6,
+                        "at": "2026-01-02T03:04:06Z",
+                        "duration_seconds": 0.00042
+                    },
+                    {
+                        "reason": "peer_silent",
+                        "epoch": 8,
+                        "at": "2026-01-02T03:04:08Z",
+                        "duration_seconds": 0.00042
+                    }
+                ],
+                "ready": false,
+                "not_ready": "not protected: 202 flows",
                 "uptime_seconds": 7500.9
             })
         );
@@ -331,13 +369,32 @@ pub(super) mod tests {
         assert_eq!(
             status().to_string(),
             "\
-state       active, epoch 8, ready
+state       active, epoch 8, not ready
 node        192.168.1.2, role backup, up 2h 5m
 virtual IP  192.168.1.100 on eth0 (TC ingress)
 peer        192.168.1.1, fenced, epoch 7, heard 12.5ms ago
 protection  degraded, 5 guarded, 2 exposed, 1 opening, sync channel heard 250.0ms ago
 flows       3 lockstep, 200 live, 0 handshake, 0 lagging, 0 diverged, 0 unprotected
-failovers   1, last at 2026-01-02T03:04:05Z: peer_silent, epoch 8, took 0.4ms"
+redundancy  none: not protected: 202 flows
+failovers   2
+            2026-01-02T03:04:08Z: peer_silent, epoch 8, took 0.4ms
+            2026-01-02T03:04:06Z: peer_silent, epoch 6, took 0.4ms"
+        );
+        let ready = Status {
+            ready: true,
+            not_ready: None,
+            redundant_since: Some("2026-01-02T03:04:09Z".into()),
+            history: Vec::new(),
+            ..status()
+        };
+        let text = ready.to_string();
+        assert!(
+            text.starts_with("state       active, epoch 8, ready\n"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("redundancy  since 2026-01-02T03:04:09Z\nfailovers   2"),
+            "{text}"
         );
     }
 

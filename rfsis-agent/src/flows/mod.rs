@@ -109,7 +109,22 @@ enum Flow {
     Unprotected {
         client_ack: Option<u32>,
         last_activity: Nanos,
+        /// Which sides have closed: it is known for a moment more, for their last segments.
+        closed: Closed,
     },
+}
+
+/// Which sides of a flow have sent their FIN.
+#[derive(Clone, Copy, Debug, Default)]
+struct Closed {
+    client: bool,
+    active: bool,
+}
+
+impl Closed {
+    fn both(self) -> bool {
+        self.client && self.active
+    }
 }
 
 /// Flows by condition, and what they hold.
@@ -210,6 +225,11 @@ impl Flows {
         })
     }
 
+    /// The virtual IP.
+    pub fn vip(&self) -> Ipv4Addr {
+        self.config.vip
+    }
+
     /// Live flows that turned out to lack bytes and were reset, since the start.
     pub fn gave_up(&self) -> u64 {
         self.gave_up
@@ -280,6 +300,7 @@ impl Flows {
             Some(Flow::Unprotected {
                 client_ack,
                 last_activity,
+                closed,
             }) => {
                 // An older ACK that comes late would make for an RST that the client ignores.
                 *client_ack = match (*client_ack, segment.ack) {
@@ -287,6 +308,7 @@ impl Flows {
                     (known, ack) => known.or(ack),
                 };
                 *last_activity = now;
+                closed.client |= segment.fin;
                 if segment.rst {
                     self.flows.remove(&flow);
                 }
@@ -332,8 +354,13 @@ impl Flows {
                 });
                 true
             }
-            Some(Flow::Unprotected { last_activity, .. }) => {
+            Some(Flow::Unprotected {
+                last_activity,
+                closed,
+                ..
+            }) => {
                 *last_activity = now;
+                closed.active |= segment.fin;
                 if segment.rst {
                     self.flows.remove(&flow);
                 }
@@ -378,6 +405,7 @@ impl Flows {
                 Flow::Unprotected {
                     client_ack,
                     last_activity: now,
+                    closed: Closed::default(),
                 },
             );
         }
@@ -502,6 +530,7 @@ impl Flows {
         let mut speakers = Vec::new();
         for (&flow, entry) in &mut self.flows {
             match entry {
+                Flow::Unprotected { closed, .. } if closed.both() => {}
                 Flow::Unprotected { client_ack, .. } => {
                     let packet =
                         client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
@@ -622,8 +651,14 @@ impl Flows {
         let mut ended = Vec::new();
         for (&flow, entry) in &mut self.flows {
             let quiet = match entry {
-                Flow::Unprotected { last_activity, .. } => {
-                    now.saturating_sub(*last_activity) > idle
+                Flow::Unprotected {
+                    last_activity,
+                    closed,
+                    ..
+                } => {
+                    // Of a flow on a shadow of the active's only the active's half is copied.
+                    let patience = if closed.active { LINGER } else { idle };
+                    now.saturating_sub(*last_activity) > patience
                 }
                 Flow::Shadow(shadow) => {
                     shadow.relax();
@@ -673,6 +708,7 @@ impl Flows {
         };
         for entry in self.flows.values() {
             match entry {
+                Flow::Unprotected { closed, .. } if closed.both() => {}
                 Flow::Unprotected { .. } => census.unprotected += 1,
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) if !self.live && is_exposed(&self.config, shadow) => {

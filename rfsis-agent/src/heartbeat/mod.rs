@@ -5,6 +5,7 @@
 //! returns a [`Heartbeat`] of which every byte is checked, or says what was wrong.
 
 pub mod session;
+pub mod wish;
 
 use std::net::Ipv4Addr;
 
@@ -13,6 +14,7 @@ use rfsis_common::maps::State;
 
 use crate::auth::{ClusterKey, cluster_id};
 use crate::cli::Role;
+use wish::{Objection, Wish};
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock of `bpf_ktime_get_ns`.
 pub type Nanos = u64;
@@ -62,6 +64,12 @@ pub struct Heartbeat {
     pub sent_ns: Nanos,
     /// What the sender last saw of its peer.
     pub echo: Option<Echo>,
+    /// Whether a standby asks for the VIP.
+    pub wish: Wish,
+    /// Why an active does not hand it over, in answer to a wish.
+    pub objection: Option<Objection>,
+    /// Flows that a takeover by the standby would lose, as far as the sender knows.
+    pub at_risk: u32,
 }
 
 /// Why a frame is not a heartbeat of this cluster.
@@ -151,10 +159,15 @@ impl Codec {
 
         let echo = heartbeat.echo.map_or((0, 0), |e| (e.session, e.sequence));
         writer.put(&MAGIC);
-        writer.put(&[VERSION, heartbeat.state as u8, role_code(heartbeat.role), 0]);
+        writer.put(&[
+            VERSION,
+            heartbeat.state as u8,
+            role_code(heartbeat.role),
+            heartbeat.wish as u8,
+        ]);
         writer.put(&self.cluster_id);
         writer.put(&heartbeat.node.octets());
-        writer.put(&[0; 4]);
+        writer.put(&heartbeat.at_risk.to_be_bytes());
         for number in [
             heartbeat.epoch,
             heartbeat.session,
@@ -166,7 +179,8 @@ impl Codec {
             writer.put(&number.to_be_bytes());
         }
         writer.put(&heartbeat.tap_mac);
-        writer.put(&[0; 2]);
+        let objection = heartbeat.objection.map_or(0, |objection| objection as u8);
+        writer.put(&[objection, 0]);
 
         let mac = self.key.tag(&writer.frame[ETHERNET_LEN..MAC_OFFSET]);
         writer.put(&mac);
@@ -190,7 +204,7 @@ impl Codec {
         let _peer: [u8; 4] = reader.take();
 
         reader.expect("magic", &MAGIC)?;
-        let [version, state, role, reserved] = reader.take();
+        let [version, state, role, wish] = reader.take();
         if version != VERSION {
             return Err(HeartbeatError::UnknownVersion { found: version });
         }
@@ -213,12 +227,10 @@ impl Codec {
         }
         let state = State::from_u8(state).ok_or(malformed("state"))?;
         let role = role_from_code(role).ok_or(malformed("role"))?;
-        if reserved != 0 {
-            return Err(malformed("reserved byte"));
-        }
+        let wish = Wish::from_u8(wish).ok_or(malformed("wish"))?;
         reader.expect("node id", &node)?;
-        reader.expect("reserved bytes", &[0; 4])?;
-        let heartbeat = Heartbeat {
+        let at_risk = u32::from_be_bytes(reader.take());
+        let mut heartbeat = Heartbeat {
             state,
             role,
             node: Ipv4Addr::from(node),
@@ -233,8 +245,13 @@ impl Codec {
                 (session, sequence) => Some(Echo { session, sequence }),
             },
             tap_mac: reader.take(),
+            wish,
+            objection: None,
+            at_risk,
         };
-        reader.expect("reserved bytes", &[0; 2])?;
+        let [objection] = reader.take();
+        heartbeat.objection = Objection::from_u8(objection).ok_or(malformed("objection"))?;
+        reader.expect("reserved byte", &[0; 1])?;
         // A group address (IEEE 802) cannot be a sender.
         if heartbeat.tap_mac == MacAddr::default() || heartbeat.tap_mac[0] & 1 != 0 {
             return Err(malformed("tap hardware address"));
@@ -334,7 +351,7 @@ mod tests {
     fn heartbeats() -> impl Strategy<Value = Heartbeat> {
         (
             (
-                0u8..4,
+                0u8..5,
                 any::<bool>(),
                 any::<u32>(),
                 any::<MacAddr>(),
@@ -342,12 +359,14 @@ mod tests {
             ),
             (any::<u64>(), 1u64.., 1u64.., any::<u64>()),
             proptest::option::of((1u64.., any::<u64>())),
+            (0u8..3, 0u8..6, any::<u32>()),
         )
             .prop_map(
                 |(
                     (state, primary, node, mac, tap_mac),
                     (epoch, session, sequence, sent_ns),
                     echo,
+                    (wish, objection, at_risk),
                 )| {
                     Heartbeat {
                         state: State::from_u8(state).unwrap(),
@@ -360,6 +379,9 @@ mod tests {
                         sequence,
                         sent_ns,
                         echo: echo.map(|(session, sequence)| Echo { session, sequence }),
+                        wish: Wish::from_u8(wish).unwrap(),
+                        objection: Objection::from_u8(objection).unwrap(),
+                        at_risk,
                     }
                 },
             )
@@ -444,6 +466,9 @@ mod tests {
             sequence: 1,
             sent_ns: 5,
             echo: None,
+            wish: Wish::None,
+            objection: None,
+            at_risk: 0,
         }
     }
 
@@ -477,10 +502,10 @@ mod tests {
             (ETHERNET_LEN + 18, "Ethernet destination"),
             (TRAILER + 5, "state"),
             (TRAILER + 6, "role"),
-            (TRAILER + 7, "reserved byte"),
-            (TRAILER + 20, "reserved bytes"),
+            (TRAILER + 7, "wish"),
             (TRAILER + 64, "echo"),
-            (TRAILER + 78, "reserved bytes"),
+            (TRAILER + 78, "objection"),
+            (TRAILER + 79, "reserved byte"),
         ] {
             let mut frame = codec().emit(&sample(), None, PEER);
             frame[offset] ^= 0x10;

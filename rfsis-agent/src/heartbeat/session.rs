@@ -255,6 +255,7 @@ mod tests {
 
     use super::*;
     use crate::cli::Role;
+    use crate::heartbeat::wish::Wish;
 
     const A: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
     const B: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -282,6 +283,9 @@ mod tests {
             sequence,
             sent_ns: 0,
             echo,
+            wish: Wish::None,
+            objection: None,
+            at_risk: 0,
         }
     }
 

@@ -190,6 +190,8 @@ label! {
         FromActive = "from_active",
         /// To a port that no service has.
         Outside = "outside",
+        /// Came to a node that hands the VIP over, or just has: kept for the peer, or sent on to it.
+        Relayed = "relayed",
     }
 }
 

@@ -12,8 +12,8 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, TextEncoder,
+    Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec,
+    IntGauge, Opts, Registry, TextEncoder,
 };
 use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::maps::State;
@@ -114,6 +114,10 @@ pub struct Metrics {
     pub epoch: IntGauge,
     /// `rfsis_failovers_total{reason}`; reasons are a fixed few words.
     pub failovers: IntCounterVec,
+    /// `rfsis_redundant`, 0 or 1.
+    pub redundant: IntGauge,
+    /// `rfsis_without_redundancy_seconds_total`.
+    pub without_redundancy: Counter,
     /// `rfsis_takeover_duration_seconds`.
     pub takeover_duration: Histogram,
     /// `rfsis_heartbeat_age_seconds`, set by the scrape hook.
@@ -202,6 +206,14 @@ impl Metrics {
                 "Takeovers by this node; becoming active at the start does not count.",
                 &["reason"],
             )?,
+            redundant: family.integer(
+                "rfsis_redundant",
+                "1 while the death of either node would cost no connection.",
+            )?,
+            without_redundancy: family.register(Counter::new(
+                "rfsis_without_redundancy_seconds_total",
+                "Time in which the death of a node would have cost connections.",
+            )?)?,
             takeover_duration: family.register(Histogram::with_opts(
                 HistogramOpts::new(
                     "rfsis_takeover_duration_seconds",

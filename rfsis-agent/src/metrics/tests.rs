@@ -39,6 +39,8 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_state", "gauge"),
         ("rfsis_epoch", "gauge"),
         ("rfsis_failovers_total", "counter"),
+        ("rfsis_redundant", "gauge"),
+        ("rfsis_without_redundancy_seconds_total", "counter"),
         ("rfsis_takeover_duration_seconds", "histogram"),
         ("rfsis_heartbeat_age_seconds", "gauge"),
         ("rfsis_heartbeats_total", "counter"),

@@ -8,6 +8,7 @@ use rfsis_common::maps::State;
 
 use crate::cli::Role;
 use crate::heartbeat::session::Refusal;
+use crate::heartbeat::wish::{Objection, Wish};
 use crate::heartbeat::{Heartbeat, MacAddr, Nanos};
 
 /// What happened.
@@ -33,6 +34,15 @@ pub enum Event {
     LinkSendFailed,
     /// What [`Action::TakeOver`] asks for is done.
     TakeoverDone,
+    /// Hand the VIP over to the standby. Answered by [`Fact::HandingOver`] or [`Fact::NotHandedOver`], and
+    /// in the end by [`Action::Yield`] or [`Fact::Resumed`].
+    HandOver,
+    /// Ask the active for the VIP from now on, or no longer. [`Fact::Refused`] ends it, and a takeover.
+    Wish(Wish),
+    /// The answer to [`Action::Wished`], where the VIP is not handed over.
+    Object(Objection),
+    /// So many flows would be lost by a takeover of the standby: the peer is told.
+    AtRisk(u32),
     /// The agent ends: silent from now on.
     Stop,
 }
@@ -77,6 +87,8 @@ pub enum Action {
         /// Why.
         reason: YieldReason,
     },
+    /// The standby asks for the VIP. Give it [`Event::HandOver`], or answer by [`Event::Object`].
+    Wished(Wish),
     /// Count the heartbeat just handled; see [`HeartbeatResult::as_str`].
     Count(HeartbeatResult),
     /// Log it.
@@ -111,12 +123,20 @@ pub enum TakeoverReason {
     Startup,
     /// The node was fenced, and the peer is silent.
     PeerSilent,
+    /// The active handed over.
+    Switchover,
+    /// The VIP was offered to the peer, which did not take it: all goes on as before. Never the reason of
+    /// an [`Action::TakeOver`].
+    Unanswered,
 }
 
 impl TakeoverReason {
     /// The reasons that make a takeover a failover.
-    pub const FAILOVERS: [TakeoverReason; 2] =
-        [TakeoverReason::HeartbeatTimeout, TakeoverReason::PeerSilent];
+    pub const FAILOVERS: [TakeoverReason; 3] = [
+        TakeoverReason::HeartbeatTimeout,
+        TakeoverReason::PeerSilent,
+        TakeoverReason::Switchover,
+    ];
 
     /// Value of the metrics label `reason`.
     pub const fn as_str(self) -> &'static str {
@@ -124,6 +144,8 @@ impl TakeoverReason {
             TakeoverReason::HeartbeatTimeout => "heartbeat_timeout",
             TakeoverReason::Startup => "startup",
             TakeoverReason::PeerSilent => "peer_silent",
+            TakeoverReason::Switchover => "switchover",
+            TakeoverReason::Unanswered => "unanswered",
         }
     }
 }
@@ -137,6 +159,8 @@ pub enum YieldReason {
     PeerActive,
     /// Both are fenced, and the peer outranks this node.
     BothFenced,
+    /// The peer has taken what it was offered.
+    HandedOver,
 }
 
 impl YieldReason {
@@ -146,6 +170,7 @@ impl YieldReason {
             YieldReason::Outranked => "outranked",
             YieldReason::PeerActive => "peer_active",
             YieldReason::BothFenced => "both_fenced",
+            YieldReason::HandedOver => "handed_over",
         }
     }
 }
@@ -211,6 +236,17 @@ pub enum Fact {
         /// How long the gate was closed.
         closed_for: Duration,
     },
+    /// The gate is closed, and the standby is offered the VIP.
+    HandingOver(u64),
+    /// It is not.
+    NotHandedOver(Objection),
+    /// The active does not hand over what this node asked for.
+    Refused {
+        /// Why.
+        objection: Objection,
+        /// Flows that would be lost.
+        flows: u32,
+    },
     /// Is standby now.
     Yielded(YieldReason, u64),
     /// The agent ends.
@@ -222,9 +258,12 @@ impl Fact {
     pub const fn level(&self) -> tracing::Level {
         match self {
             Fact::Misconfigured(_) => tracing::Level::ERROR,
+            Fact::Yielded(YieldReason::HandedOver, _) => tracing::Level::INFO,
             Fact::PeerDown { .. }
             | Fact::DoubleActive { .. }
             | Fact::Fenced { .. }
+            | Fact::NotHandedOver(_)
+            | Fact::Refused { .. }
             | Fact::Yielded(..) => tracing::Level::WARN,
             _ => tracing::Level::INFO,
         }
@@ -280,6 +319,16 @@ impl fmt::Display for Fact {
             Fact::Resumed { closed_for } => write!(
                 f,
                 "active again: the peer had not taken over; the gate was closed for {closed_for:?}"
+            ),
+            Fact::HandingOver(epoch) => {
+                write!(f, "handing the VIP over, epoch {epoch}: the gate is closed")
+            }
+            Fact::NotHandedOver(objection) => {
+                write!(f, "the VIP is not handed over: {objection}")
+            }
+            Fact::Refused { objection, flows } => write!(
+                f,
+                "the peer does not hand the VIP over: {objection}; {flows} flows at risk"
             ),
             Fact::Yielded(reason, epoch) => write!(
                 f,

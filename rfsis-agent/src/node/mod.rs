@@ -24,11 +24,14 @@
 //!   stays closed for longer than one lease from when that was sent. Longer, because a lease holds
 //!   in its last nanosecond too. Whatever the peer decided before it could hear the claim is heard
 //!   by then, or has lapsed. The gate opens with the lease that the claim's heartbeats earned.
+//! - A **planned handover** closes the gate before it is offered: see [`handover`].
 //!
 //! With loss or a cut LAN both may be active. Then the higher epoch wins, and at equal epochs the
 //! numerically higher node address.
 
 pub mod events;
+mod handover;
+mod patience;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -39,14 +42,12 @@ use std::time::Duration;
 
 use rfsis_common::maps::State;
 
-use crate::cli::Role;
 use crate::heartbeat::session::{Freshness, PeerSession, Refusal};
+use crate::heartbeat::wish::{Objection, Wish};
 use crate::heartbeat::{Heartbeat, Nanos};
 pub use events::{Action, Event, Fact, HeartbeatResult, TakeoverReason, YieldReason};
 pub use view::{NodeConfig, PeerView};
 
-/// A running peer is proven within this time after our start, even at slow schedulers.
-const START_WAIT: Nanos = 200_000_000;
 /// A wrong set-up is reported once in this time.
 const COMPLAINT_INTERVAL: Nanos = 10_000_000_000;
 
@@ -60,9 +61,11 @@ struct PendingLease {
 /// The phases behind the four states. `taking_over` has two: gate closed, and open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// `deadline` is set once the peer was heard as active.
+    /// `deadline` is set once the peer was heard as active. `offered`: the peer's last word was that its
+    /// gate is closed and the VIP this node's to take; the deadline is when that was heard.
     Standby {
         deadline: Option<Nanos>,
+        offered: bool,
     },
     /// Waits until a lease from `sent_at`, when the claim had surely been sent, has lapsed. Its
     /// heartbeats earn the lease with which the gate will be opened.
@@ -79,7 +82,18 @@ enum Phase {
         first_sequence: u64,
         lapsed: Nanos,
     },
+    /// The gate is closed; the standby was offered the VIP.
+    HandingOver {
+        since: Nanos,
+    },
     Stopped,
+}
+
+impl Phase {
+    const fn standby(deadline: Option<Nanos>) -> Self {
+        let offered = false;
+        Phase::Standby { deadline, offered }
+    }
 }
 
 /// The state machine of one node.
@@ -104,6 +118,10 @@ enum Phase {
 ///    │                                             FENCED ──────────┘        │
 ///    │                                               │    peer silent        │
 ///    └─ Stop, from anywhere: silent                  └── peer speaks ────────┘
+///
+///  planned:  ACTIVE ──HandOver──► HANDING_OVER ── peer speaks, epoch + 1 ──► STANDBY
+///                                  gate closed ── peer silent ──► TAKING_OVER (claim) ──► ACTIVE
+///            STANDBY ── peer hands over, ring drained ──► TAKING_OVER, gate open
 /// ```
 #[derive(Debug)]
 pub struct Node {
@@ -130,6 +148,17 @@ pub struct Node {
     double_active: bool,
     unproven_at: Option<Nanos>,
     complained_at: Option<Nanos>,
+
+    /// When the VIP was offered last.
+    offered_at: Nanos,
+    /// What this node wishes, and the first heartbeat that says so.
+    wish: Wish,
+    wish_first: u64,
+    /// What the peer wishes, and the answer.
+    peer_wish: Wish,
+    objection: Option<Objection>,
+    /// Flows that a takeover by the standby would lose, as far as is known here.
+    at_risk: u32,
 }
 
 impl Node {
@@ -141,7 +170,7 @@ impl Node {
             takeover_time: interval.saturating_mul(config.missed.into()),
             lease: nanos(config.lease),
             startup_grace: nanos(config.startup_grace),
-            phase: Phase::Standby { deadline: None },
+            phase: Phase::standby(None),
             epoch: 0,
             seen_epoch: 0,
             lease_until: 0,
@@ -155,6 +184,12 @@ impl Node {
             double_active: false,
             unproven_at: None,
             complained_at: None,
+            offered_at: now,
+            wish: Wish::None,
+            wish_first: 0,
+            peer_wish: Wish::None,
+            objection: None,
+            at_risk: 0,
             config,
         }
     }
@@ -166,6 +201,7 @@ impl Node {
             Phase::Claiming { .. } | Phase::TakingOver => State::TakingOver,
             Phase::Active => State::Active,
             Phase::Fenced { .. } => State::Fenced,
+            Phase::HandingOver { .. } => State::HandingOver,
         }
     }
 
@@ -196,11 +232,13 @@ impl Node {
             Phase::Stopped => return Nanos::MAX,
             Phase::Standby {
                 deadline: Some(deadline),
+                ..
             } => deadline,
-            Phase::Standby { deadline: None } => self.startup_deadline(),
+            Phase::Standby { deadline: None, .. } => self.startup_deadline(),
             Phase::Claiming { sent_at, .. } => sent_at.map_or(Nanos::MAX, |at| self.lapsed_at(at)),
             Phase::TakingOver | Phase::Active => Nanos::MAX,
             Phase::Fenced { .. } => self.peer_silent_at(),
+            Phase::HandingOver { since } => self.offer_ends(since),
         };
         decision.min(self.next_send)
     }
@@ -226,6 +264,9 @@ impl Node {
                     self.phase = Phase::Active;
                     actions.push(Action::Report(Fact::NowActive(self.epoch)));
                 }
+            }
+            Event::HandOver | Event::AtRisk(_) | Event::Wish(_) | Event::Object(_) => {
+                self.process_order(event, now, actions);
             }
             Event::Stop => {
                 if !matches!(self.phase, Phase::Standby { .. }) {
@@ -256,6 +297,7 @@ impl Node {
         };
         actions.push(Action::Count(HeartbeatResult::Accepted));
         self.note_peer(&heartbeat, freshness, arrival, actions);
+        self.process_wish(&heartbeat, actions);
 
         let speaks = speaks(heartbeat.state);
         let outranks_us = (heartbeat.epoch, heartbeat.node) > (self.epoch, self.config.node);
@@ -264,17 +306,30 @@ impl Node {
         self.peer_fenced = heartbeat.state == State::Fenced;
 
         match self.phase {
-            Phase::Standby { deadline: old } if speaks || newly_fenced => {
+            Phase::Standby { .. } if heartbeat.state == State::HandingOver => {
+                self.epoch = self.epoch.max(self.seen_epoch);
+                // Taken by the next tick, which knows what came behind it.
+                self.phase = Phase::Standby {
+                    deadline: Some(arrival),
+                    offered: true,
+                };
+            }
+            Phase::Standby { deadline: old, .. } if speaks || newly_fenced => {
                 self.epoch = self.epoch.max(self.seen_epoch);
                 // Heartbeats may overtake each other: a deadline never comes nearer.
                 let deadline = old.map_or(deadline, |old| old.max(deadline));
-                self.phase = Phase::Standby {
-                    deadline: Some(deadline),
-                };
+                self.phase = Phase::standby(Some(deadline));
                 if newly_fenced {
                     // The peer is silent until it gets this answer.
                     self.dispatch_heartbeat(now, actions);
                 }
+            }
+            Phase::HandingOver { .. }
+            | Phase::Claiming {
+                reason: TakeoverReason::Unanswered,
+                ..
+            } if speaks && outranks_us => {
+                self.yield_to_peer(YieldReason::HandedOver, deadline, now, actions);
             }
             Phase::Claiming {
                 reason: TakeoverReason::PeerSilent,
@@ -283,9 +338,7 @@ impl Node {
                 self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
             }
             Phase::Claiming { .. } if speaks && outranks_us => {
-                self.phase = Phase::Standby {
-                    deadline: Some(deadline),
-                };
+                self.phase = Phase::standby(Some(deadline));
                 actions.push(Action::Report(Fact::ClaimWithdrawn));
                 self.dispatch_heartbeat(now, actions);
             }
@@ -321,7 +374,10 @@ impl Node {
             }
             // A standby passes the highest epoch on: a peer that restarts learns it from here.
             Phase::Standby { .. } => self.epoch = self.epoch.max(self.seen_epoch),
-            Phase::Claiming { .. } | Phase::Fenced { .. } | Phase::Stopped => {}
+            Phase::Claiming { .. }
+            | Phase::Fenced { .. }
+            | Phase::HandingOver { .. }
+            | Phase::Stopped => {}
         }
     }
 
@@ -365,6 +421,7 @@ impl Node {
             heard_at: before.map_or(arrival, |p| p.heard_at.max(arrival)),
             mac: heartbeat.mac,
             tap_mac: heartbeat.tap_mac,
+            at_risk: heartbeat.at_risk,
         });
         if before.is_some() && freshness == Freshness::NewSession {
             actions.push(Action::Report(Fact::PeerRestarted(heartbeat.node)));
@@ -403,16 +460,21 @@ impl Node {
         match self.phase {
             Phase::Standby {
                 deadline: Some(deadline),
+                offered,
             } if now >= deadline => {
+                let reason = Self::reason_of(offered);
                 if self.peer_may_decide() {
-                    self.claim(TakeoverReason::HeartbeatTimeout, now, actions);
+                    self.claim(reason, now, actions);
                 } else {
                     self.epoch = self.next_epoch();
                     let lease = now.saturating_add(self.lease);
-                    self.take_over(TakeoverReason::HeartbeatTimeout, lease, now, actions);
+                    self.take_over(reason, lease, now, actions);
                 }
             }
-            Phase::Standby { deadline: None } if now >= self.startup_deadline() => {
+            Phase::HandingOver { since } if now >= self.offer_ends(since) => {
+                self.claim(TakeoverReason::Unanswered, now, actions);
+            }
+            Phase::Standby { deadline: None, .. } if now >= self.startup_deadline() => {
                 self.claim(TakeoverReason::Startup, now, actions);
             }
             Phase::Fenced { .. } if now >= self.peer_silent_at() => {
@@ -426,6 +488,8 @@ impl Node {
                 if now > self.lease_until {
                     // Slept over it: the peer's deadline may have passed meanwhile.
                     self.claim(reason, now, actions);
+                } else if reason == TakeoverReason::Unanswered {
+                    self.take_back(now, actions);
                 } else {
                     self.take_over(reason, self.lease_until, now, actions);
                 }
@@ -456,71 +520,6 @@ impl Node {
         }
     }
 
-    /// Whether the peer may become active by a decision of its own that we cannot foresee: a
-    /// takeover of ours must then be claimed.
-    fn peer_may_decide(&self) -> bool {
-        self.peer.is_none_or(|peer| {
-            // Two that yielded to each other both have a deadline; and an unproven session may be
-            // the peer's new agent. A replay can bring this about too: it costs one lease.
-            peer.state == State::Standby || self.unproven_at.is_some_and(|at| at > peer.heard_at)
-        })
-    }
-
-    /// When a node that never heard an active peer may claim the VIP.
-    fn startup_deadline(&self) -> Nanos {
-        let start_wait = match self.config.role {
-            Role::Primary => START_WAIT.max(self.takeover_time.saturating_mul(2)),
-            Role::Backup => self.startup_grace,
-        };
-        let patience = self.started.saturating_add(start_wait);
-        let Some(peer) = self.peer else {
-            // Somebody with the key may be there: give it time to be proven. Not forever, or a
-            // recording that is replayed again and again would keep the VIP dead.
-            let proven_or_silent = self
-                .unproven_at
-                .map_or(patience, |at| at.saturating_add(self.takeover_time));
-            let at_most = patience.saturating_add(self.startup_grace);
-            return patience.max(proven_or_silent.min(at_most));
-        };
-        let we_outrank = match (self.config.role, peer.role) {
-            (Role::Primary, Role::Backup) => true,
-            (Role::Backup, Role::Primary) => false,
-            _ => self.config.node < peer.node,
-        };
-        if !self.peer_up {
-            let grace = match self.config.role {
-                Role::Primary => self.takeover_time,
-                Role::Backup => self.startup_grace.max(self.takeover_time),
-            };
-            return patience.max(peer.heard_at.saturating_add(grace));
-        }
-        match self.config.role {
-            // An epoch says that somebody was active: then the peer may be about to take over, and
-            // it has the shadows.
-            Role::Primary if we_outrank && self.seen_epoch == 0 => self.started,
-            _ if we_outrank => patience,
-            // It should have claimed by then. Perhaps its frames of the VIP cannot leave.
-            _ => patience
-                .saturating_add(self.startup_grace)
-                .saturating_add(self.takeover_time),
-        }
-    }
-
-    /// First moment at which a lease from `since` no longer holds; both nodes have the same lease.
-    fn lapsed_at(&self, since: Nanos) -> Nanos {
-        since.saturating_add(self.lease).saturating_add(1)
-    }
-
-    fn peer_silent_at(&self) -> Nanos {
-        self.peer
-            .map_or(0, |p| p.heard_at.saturating_add(self.takeover_time))
-    }
-
-    fn peer_silent_for(&self, now: Nanos) -> Option<Duration> {
-        self.peer
-            .map(|p| Duration::from_nanos(now.saturating_sub(p.heard_at)))
-    }
-
     // ---- transitions ---------------------------------------------------------------------------
 
     fn next_epoch(&self) -> u64 {
@@ -528,7 +527,9 @@ impl Node {
     }
 
     fn claim(&mut self, reason: TakeoverReason, now: Nanos, actions: &mut Vec<Action>) {
-        self.epoch = self.next_epoch();
+        if reason != TakeoverReason::Unanswered {
+            self.epoch = self.next_epoch();
+        }
         self.phase = Phase::Claiming {
             reason,
             sent_at: None,
@@ -546,6 +547,7 @@ impl Node {
         actions: &mut Vec<Action>,
     ) {
         self.phase = Phase::TakingOver;
+        self.wish = Wish::None;
         self.set_kernel_state(State::Active, lease_until, actions);
         actions.push(Action::TakeOver {
             reason,
@@ -564,9 +566,7 @@ impl Node {
         now: Nanos,
         actions: &mut Vec<Action>,
     ) {
-        self.phase = Phase::Standby {
-            deadline: Some(deadline),
-        };
+        self.phase = Phase::standby(Some(deadline));
         self.epoch = self.epoch.max(self.seen_epoch);
         self.double_active = false;
         self.set_kernel_state(State::Standby, 0, actions);
@@ -658,6 +658,9 @@ impl Node {
             sequence,
             sent_ns: now,
             echo,
+            wish: self.wish,
+            objection: self.objection,
+            at_risk: self.at_risk,
         };
         let to = self.peer.filter(|_| self.peer_heard(now)).map(|p| p.mac);
         actions.push(Action::SendHeartbeat { heartbeat, to });

@@ -8,7 +8,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 use rfsis_common::maps::{NodeState, State};
 
+use super::patience::START_WAIT;
 use super::*;
+use crate::cli::Role;
 
 const MS: Nanos = 1_000_000;
 const INTERVAL: Nanos = 10 * MS;
@@ -43,6 +45,8 @@ struct Trouble {
     restarts: u64,
     loss: u64,
     max_delay: Nanos,
+    /// Rounds of an agent in which it is told to hand over.
+    handovers: u64,
 }
 
 /// A step of the edge. It may be stopped between a send and the report of it.
@@ -64,6 +68,11 @@ struct Host {
     last_epoch: u64,
     takeovers: u32,
     yields: u32,
+    /// To be told to hand over in its next round.
+    hand_over: bool,
+    offers: u32,
+    /// After so many steps it stalls until a time.
+    stall: Option<(usize, Nanos)>,
 }
 
 struct World {
@@ -103,6 +112,9 @@ impl World {
             last_epoch: 0,
             takeovers: 0,
             yields: 0,
+            hand_over: false,
+            offers: 0,
+            stall: None,
         });
         Self {
             hosts,
@@ -122,6 +134,15 @@ impl World {
 
     fn open(&self, host: usize) -> bool {
         self.hosts[host].kernel.may_speak(self.now)
+    }
+
+    fn epochs(&self) -> [u64; 2] {
+        [0, 1].map(|host| self.hosts[host].node.epoch())
+    }
+
+    /// Stalls an agent until a time, as soon as it has done so many steps more.
+    fn stall_after(&mut self, host: usize, steps: usize, until: Nanos) {
+        self.hosts[host].stall = Some((steps, until));
     }
 
     fn open_gates(&self) -> usize {
@@ -181,6 +202,16 @@ impl World {
         if h.dead {
             return false;
         }
+        if let Some((steps, until)) = &mut h.stall {
+            match steps.checked_sub(1) {
+                Some(left) => *steps = left,
+                None => {
+                    h.stalled_until = *until;
+                    h.stall = None;
+                    return false;
+                }
+            }
+        }
         match h.todo.pop_front() {
             Some(Todo::Act(action)) => {
                 self.act(host, action);
@@ -203,6 +234,10 @@ impl World {
                 }
                 None => {
                     h.round = None;
+                    if std::mem::take(&mut h.hand_over) || self.rng.one_in(self.trouble.handovers) {
+                        h.node.handle(Event::HandOver, round, &mut actions);
+                        h.offers += u32::from(h.node.state() == State::HandingOver);
+                    }
                     h.node.handle(Event::Tick, round, &mut actions);
                     assert!(h.node.next_wakeup() > round, "a busy loop");
                 }
@@ -240,7 +275,7 @@ impl World {
                 self.feed_first(host, Event::TakeoverDone);
             }
             Action::Yield { .. } => h.yields += 1,
-            Action::Announce | Action::Count(_) | Action::Report(_) => {}
+            Action::Announce | Action::Wished(_) | Action::Count(_) | Action::Report(_) => {}
         }
     }
 
@@ -289,8 +324,9 @@ proptest! {
     #[test]
     fn gates_are_never_both_open_whatever_stalls_and_restarts(
         seed: u64, missed in 2u32..6, stalls in 20u64..2_000, restarts in prop_oneof![Just(0u64), 500u64..5_000],
+        handovers in prop_oneof![Just(0u64), 2u64..200],
     ) {
-        let mut world = World::new(seed, missed, Trouble { stalls, restarts, ..Trouble::default() });
+        let mut world = World::new(seed, missed, Trouble { stalls, restarts, handovers, ..Trouble::default() });
         world.run(5_000 * MS, exclusive);
         // Not bought by silence: when the trouble ends, one speaks.
         world.trouble = Trouble::default();
@@ -343,15 +379,104 @@ proptest! {
     #[test]
     fn any_mix_of_trouble_settles_on_one(
         seed: u64, missed in 2u32..6, stalls in 20u64..2_000, restarts in 500u64..5_000,
-        loss in 2u64..50, max_delay in 0..2 * INTERVAL,
+        loss in 2u64..50, max_delay in 0..2 * INTERVAL, handovers in 2u64..200,
     ) {
-        let mut world = World::new(seed, missed, Trouble { stalls, restarts, loss, max_delay });
+        let trouble = Trouble { stalls, restarts, loss, max_delay, handovers };
+        let mut world = World::new(seed, missed, trouble);
         world.run(3_000 * MS, |_| {});
         world.trouble = Trouble::default();
         world.run(8 * world.takeover_time() + 2 * GRACE + START_WAIT, |_| {});
         let calm: Vec<_> = world.hosts.iter().map(|h| h.takeovers).collect();
         world.run(500 * MS, |w| assert_eq!(w.open_gates(), 1));
         prop_assert_eq!(calm, world.hosts.iter().map(|h| h.takeovers).collect::<Vec<_>>());
+    }
+
+    /// A stalled standby finds the offer, and behind it that it was taken back: it must not take it. And
+    /// where the standby was only slow, the VIP is with one node when it has woken up.
+    #[test]
+    fn an_offer_that_meets_a_stall_of_any_length_leaves_one_gate_open(
+        seed: u64, missed in 2u32..6, before in 0u64..40, stall in 0u64..400, steps in 1usize..12,
+    ) {
+        let mut world = World::new(seed, missed, Trouble::default());
+        world.run(1_000 * MS + before * STEP, exclusive);
+        let active = usize::from(world.open(1));
+        let standby = 1 - active;
+        world.hosts[active].hand_over = true;
+        // Anywhere between two steps: before it hears of it, or with the decision half done.
+        world.stall_after(standby, steps, world.now + stall * MS / 2);
+        world.run((200 + stall) * MS, exclusive);
+        let takeover_time = world.takeover_time();
+        world.run(4 * takeover_time, exclusive);
+        world.run(100 * MS, |w| assert_eq!(w.open_gates(), 1));
+        prop_assert_eq!(world.hosts[active].offers, 1);
+    }
+
+    /// Whoever dies, at whichever step of a handover, the other serves within the usual time.
+    #[test]
+    fn a_death_at_any_step_of_a_handover_leaves_the_survivor_active(
+        seed: u64, missed in 2u32..6, before in 0u64..40, steps in 0usize..30, victim in 0usize..2,
+    ) {
+        let mut world = World::new(seed, missed, Trouble::default());
+        world.run(1_000 * MS + before * STEP, exclusive);
+        let active = usize::from(world.open(1));
+        let victim = if victim == 0 { active } else { 1 - active };
+        world.hosts[active].hand_over = true;
+        world.stall_after(victim, steps, Nanos::MAX);
+        let patience = lease(missed) + 2 * world.takeover_time() + 2 * INTERVAL;
+        // It may never come to so many steps.
+        world.run(patience + 100 * MS, exclusive);
+        world.hosts[victim].stalled_until = Nanos::MAX;
+        world.run(patience, exclusive);
+        world.run(100 * MS, |w| assert!(w.open(1 - victim)));
+    }
+}
+
+#[test]
+fn in_peace_a_handover_moves_the_vip_at_once_and_nobody_claims() {
+    for seed in 0..50 {
+        let mut world = World::new(seed, 3, Trouble::default());
+        world.run(1_000 * MS + seed * STEP, exclusive);
+        for round in 1..=4 {
+            let (from, epochs) = (usize::from(world.open(1)), world.epochs());
+            world.hosts[from].hand_over = true;
+            let (mut closed_at, mut silent) = (None, 0);
+            world.run(50 * MS, |w| {
+                exclusive(w);
+                match (w.open_gates(), closed_at) {
+                    (0, None) => closed_at = Some(w.now),
+                    (0, Some(at)) => silent = silent.max(w.now - at),
+                    _ => closed_at = None,
+                }
+            });
+            assert!(world.open(1 - from), "round {round}");
+            // The agents of this world look four times a millisecond.
+            assert!(silent <= 2 * STEP, "{silent} ns without an open gate");
+            assert_eq!(world.epochs(), epochs.map(|epoch| epoch + 1), "a claim");
+            assert_eq!(world.hosts[from].node.state(), State::Standby);
+        }
+    }
+}
+
+/// The standby dies in the same moment: all goes on with the epoch of before.
+#[test]
+fn an_offer_that_nobody_takes_is_taken_back() {
+    for seed in 0..50 {
+        let mut world = World::new(seed, 3, Trouble::default());
+        world.run(1_000 * MS + seed * STEP, exclusive);
+        let active = usize::from(world.open(1));
+        let (epoch, takeovers) = (
+            world.hosts[active].node.epoch(),
+            world.hosts[active].takeovers,
+        );
+        world.hosts[1 - active].dead = true;
+        world.hosts[active].hand_over = true;
+        world.run(30 * MS, |_| {});
+        assert_eq!(world.hosts[active].offers, 1);
+        world.run(lease(3) + 2 * INTERVAL, exclusive);
+        world.run(200 * MS, |w| assert!(w.open(active)));
+        let host = &world.hosts[active];
+        assert_eq!((host.node.epoch(), host.takeovers), (epoch, takeovers));
+        assert_eq!(host.yields, 0, "its connections were given up");
     }
 }
 

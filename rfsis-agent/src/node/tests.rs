@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::*;
+use crate::cli::Role;
 use crate::heartbeat::{Echo, MacAddr};
 
 const MS: Nanos = 1_000_000;
@@ -51,6 +52,9 @@ impl Bench {
                 sequence: 0,
                 sent_ns: 0,
                 echo: None,
+                wish: Wish::None,
+                objection: None,
+                at_risk: 0,
             },
         }
     }
@@ -446,4 +450,163 @@ fn a_claim_waits_for_the_lease_of_an_outranked_peer_that_still_speaks() {
     bench.hear(State::Active, 0);
     assert_eq!(opened(&bench.run(540 * MS)), None);
     assert!(opened(&bench.run(540 * MS + 1)).is_some());
+}
+
+fn sent(actions: &[Action]) -> Vec<Heartbeat> {
+    actions.iter().filter_map(heartbeat_of).collect()
+}
+
+#[test]
+fn a_handover_closes_the_gate_before_it_is_offered_and_ends_with_the_higher_epoch() {
+    let mut bench = Bench::active();
+    bench.hear(State::Standby, 3);
+    let actions = bench.feed(Event::HandOver);
+    let closed = actions.iter().position(|a| {
+        matches!(
+            a,
+            Action::SetState {
+                state: State::HandingOver,
+                ..
+            }
+        )
+    });
+    let offered = actions.iter().position(|a| heartbeat_of(a).is_some());
+    assert!(closed < offered && closed.is_some(), "{actions:?}");
+    let offer = sent(&actions)[0];
+    assert_eq!((offer.state, offer.epoch), (State::HandingOver, 3));
+    // What it said before may still be under way.
+    bench.hear(State::Standby, 3);
+    assert_eq!(bench.node.state(), State::HandingOver);
+    let actions = bench.hear(State::TakingOver, 4);
+    let reason = YieldReason::HandedOver;
+    assert_eq!(count(&actions, Action::Yield { reason }), 1);
+    assert_eq!(bench.node.state(), State::Standby);
+}
+
+#[test]
+fn nothing_is_handed_over_by_a_standby_or_to_nobody() {
+    let refused = |bench: &mut Bench| {
+        let actions = bench.feed(Event::HandOver);
+        assert_eq!(sent(&actions), []);
+        match actions[..] {
+            [Action::Report(Fact::NotHandedOver(objection))] => objection,
+            _ => panic!("{actions:?}"),
+        }
+    };
+    let mut standby = Bench::new(Role::Backup);
+    standby.run(20 * MS);
+    standby.hear(State::Active, 7);
+    assert_eq!(refused(&mut standby), Objection::NotActive);
+    let mut active = Bench::active();
+    // Its last word was that it is active, and it died.
+    assert_eq!(refused(&mut active), Objection::NoStandby);
+    active.hear(State::Standby, 3);
+    active.run(active.now + 30 * MS);
+    assert_eq!(refused(&mut active), Objection::NoStandby);
+}
+
+#[test]
+fn an_offer_is_taken_by_the_tick_behind_it_unless_something_newer_was_heard() {
+    for taken_back in [false, true] {
+        let mut bench = Bench::new(Role::Backup);
+        bench.run(20 * MS);
+        bench.hear(State::Active, 7);
+        assert_eq!(opened(&bench.hear(State::HandingOver, 7)), None);
+        if taken_back {
+            bench.hear(State::TakingOver, 7);
+        }
+        let actions = bench.feed(Event::Tick);
+        assert_eq!(opened(&actions).is_some(), !taken_back);
+        if !taken_back {
+            let take_over = Action::TakeOver {
+                reason: TakeoverReason::Switchover,
+                epoch: 8,
+                peer_silent_for: Some(Duration::ZERO),
+            };
+            assert_eq!(count(&actions, take_over), 1);
+        }
+    }
+}
+
+/// Its new agent may be active, although the offer of the old one was the last thing heard.
+#[test]
+fn an_offer_is_claimed_first_where_the_peer_may_have_a_new_agent() {
+    let mut bench = Bench::new(Role::Backup);
+    bench.run(20 * MS);
+    bench.hear(State::Active, 7);
+    bench.hear(State::HandingOver, 7);
+    bench.now += MS;
+    (bench.heartbeat.session, bench.heartbeat.echo) = (33, None);
+    bench.hear_again();
+    assert_eq!(opened(&bench.feed(Event::Tick)), None);
+    assert_eq!(bench.node.state(), State::TakingOver);
+}
+
+#[test]
+fn a_wish_is_said_until_it_is_refused_and_an_old_refusal_does_not_count() {
+    let mut bench = Bench::new(Role::Backup);
+    bench.run(20 * MS);
+    bench.hear(State::Active, 7);
+    let wish = |bench: &mut Bench| sent(&bench.run(bench.now + 10 * MS))[0].wish;
+    assert_eq!(wish(&mut bench), Wish::None);
+    // An answer to an earlier wish, still under way.
+    bench.heartbeat.objection = Some(Objection::Degraded);
+    bench.hear(State::Active, 7);
+    let said = sent(&bench.feed(Event::Wish(Wish::Insists)));
+    assert_eq!(said[0].wish, Wish::Insists, "at once");
+    bench.heartbeat.sequence += 1;
+    assert_eq!(
+        report(&bench.hear_again(), |f| matches!(f, Fact::Refused { .. })),
+        0
+    );
+    assert_eq!(wish(&mut bench), Wish::Insists);
+    (bench.heartbeat.objection, bench.heartbeat.at_risk) = (Some(Objection::AtRisk), 4);
+    let refused = Fact::Refused {
+        objection: Objection::AtRisk,
+        flows: 4,
+    };
+    assert_eq!(report(&bench.hear(State::Active, 7), |f| *f == refused), 1);
+    assert_eq!(wish(&mut bench), Wish::None);
+}
+
+#[test]
+fn a_wish_is_heard_once_and_answered_as_long_as_it_lasts() {
+    let mut bench = Bench::active();
+    let wished = |actions: &[Action], wish| count(actions, Action::Wished(wish));
+    bench.heartbeat.wish = Wish::Asks;
+    assert_eq!(wished(&bench.hear(State::Standby, 3), Wish::Asks), 1);
+    assert_eq!(wished(&bench.hear(State::Standby, 3), Wish::Asks), 0);
+    let objection = |actions: &[Action]| sent(actions)[0].objection;
+    let answer = bench.feed(Event::Object(Objection::AtRisk));
+    assert_eq!(objection(&answer), Some(Objection::AtRisk));
+    let again = bench.run(bench.now + 10 * MS);
+    assert_eq!(objection(&again), Some(Objection::AtRisk));
+    // It insists: that is another wish.
+    bench.heartbeat.wish = Wish::Insists;
+    assert_eq!(wished(&bench.hear(State::Standby, 3), Wish::Insists), 1);
+    assert_eq!(objection(&bench.run(bench.now + 10 * MS)), None);
+    bench.feed(Event::Object(Objection::Unanswered));
+    bench.heartbeat.wish = Wish::None;
+    bench.hear(State::Standby, 3);
+    assert_eq!(objection(&bench.run(bench.now + 10 * MS)), None);
+    assert_eq!(
+        bench.feed(Event::Object(Objection::AtRisk)),
+        [],
+        "nobody asks"
+    );
+}
+
+#[test]
+fn a_node_that_is_not_active_objects_by_itself_and_all_say_what_is_at_risk() {
+    let mut bench = Bench::new(Role::Backup);
+    bench.run(20 * MS);
+    bench.feed(Event::AtRisk(9));
+    bench.heartbeat.wish = Wish::Asks;
+    let actions = bench.hear(State::Standby, 3);
+    assert_eq!(count(&actions, Action::Wished(Wish::Asks)), 0);
+    let said = sent(&bench.run(bench.now + 10 * MS))[0];
+    assert_eq!(
+        (said.objection, said.at_risk),
+        (Some(Objection::NotActive), 9)
+    );
 }

@@ -50,4 +50,6 @@ pub struct PeerView {
     pub mac: MacAddr,
     /// Hardware address of its tap.
     pub tap_mac: MacAddr,
+    /// Flows that a takeover by the standby would lose, as far as it knows.
+    pub at_risk: u32,
 }

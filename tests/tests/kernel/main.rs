@@ -9,4 +9,5 @@ mod frames;
 mod host;
 mod mirror;
 mod netif;
+mod sockets;
 mod verdicts;

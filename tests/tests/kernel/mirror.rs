@@ -147,11 +147,15 @@ fn nothing_is_copied_but_by_an_active_within_its_lease_to_a_standby_that_is_hear
             (State::Standby, u64::MAX),
             (State::TakingOver, u64::MAX),
             (State::Fenced, u64::MAX),
+            (State::HandingOver, now_ns() - 1),
             (State::Active, now_ns() - 1),
         ] {
             set_state(&node.programs, state, lease);
             assert_eq!(verdicts(), [MirrorVerdict::Closed], "{state:?}");
         }
+        set_state(&node.programs, State::HandingOver, u64::MAX);
+        assert_eq!(verdicts(), [MirrorVerdict::Cloned]);
+        assert_eq!(heard(&node.lan).len(), 1);
         set_state(&node.programs, State::Active, u64::MAX);
         node.copy_to([0; 6]);
         assert_eq!(verdicts(), [MirrorVerdict::NoStandby]);

@@ -187,6 +187,7 @@ fn verdicts_follow_class_state_and_live_flows() {
                 (State::Standby, true, standby),
                 (State::TakingOver, false, standby),
                 (State::Fenced, false, standby),
+                (State::HandingOver, true, standby),
                 (State::Active, false, active),
                 (State::Active, true, active_live),
             ] {
@@ -490,6 +491,7 @@ fn the_gate_follows_state_lease_and_approval() {
                 (State::Standby, later, true, closed),
                 (State::TakingOver, later, true, closed),
                 (State::Fenced, later, true, closed),
+                (State::HandingOver, later, true, closed),
                 (State::Active, 0, true, closed),
                 (State::Active, now_ns() - 1, true, closed),
                 (State::Active, later, false, open),

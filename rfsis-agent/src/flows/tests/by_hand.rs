@@ -534,3 +534,32 @@ fn an_unprotected_client_is_reset_at_the_furthest_number_that_it_acknowledged() 
     hand.flows.poll(hand.now + 10 * SECOND, &mut hand.world);
     assert_eq!(hand.said(), []);
 }
+
+#[test]
+fn an_unprotected_flow_that_both_sides_have_closed_is_lost_by_nobody_and_forgotten() {
+    let mut hand = Hand::with(config(), ECHO);
+    hand.active(50, TcpControl::Psh, b"older than this standby", Some(1));
+    hand.active(73, TcpControl::Fin, b"", Some(1));
+    assert_eq!(hand.flows.census().unprotected, 1, "half closed");
+    hand.client(1, TcpControl::Fin, b"", Some(74));
+    // Its last segment is no new flow.
+    hand.active(74, TcpControl::None, b"", Some(2));
+    assert_eq!(hand.flows.census().unprotected, 0);
+    hand.flows.poll(hand.now + LINGER, &mut hand.world);
+    assert_eq!(hand.flows.flows.len(), 1);
+    hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
+    assert!(hand.flows.flows.is_empty());
+    assert_eq!(hand.live().resets, []);
+    // Nor does one stay of which only the active's half is seen.
+    let mut hand = Hand::with(config(), ECHO);
+    hand.active(
+        50,
+        TcpControl::Psh,
+        b"the other half is not copied",
+        Some(1),
+    );
+    hand.active(78, TcpControl::Fin, b"", Some(1));
+    assert_eq!(hand.flows.census().unprotected, 1);
+    hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
+    assert!(hand.flows.flows.is_empty());
+}

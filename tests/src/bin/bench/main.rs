@@ -15,6 +15,7 @@ mod process;
 mod requests;
 mod settled;
 mod site;
+mod switchover;
 mod takeover;
 mod uncapped;
 mod upload;
@@ -26,8 +27,9 @@ use tests::report::Figure;
 type Measure = fn(usize) -> Result<Vec<Figure>>;
 
 /// What can be measured, by the name that `--only` knows.
-const SUBJECTS: [(&str, Measure); 8] = [
+const SUBJECTS: [(&str, Measure); 9] = [
     ("blackout", blackout::measure),
+    ("switchover", switchover::measure),
     ("takeover", takeover::measure),
     ("upload", upload::measure),
     ("idle", idle::measure),
