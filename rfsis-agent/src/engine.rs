@@ -21,8 +21,8 @@ use crate::link::Link;
 use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::relay::{Relay, syn_of};
 use crate::shared::Shared;
-use crate::warm::Warmer;
 use crate::sys::{self, PacketSocket, RawIpSocket};
+use crate::warm::Warmer;
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
