@@ -41,7 +41,7 @@ use crate::metrics::{self, GuardCondition, HeartbeatReceived, Metrics, Protectio
 use crate::netif::{Netif, NetifError, VipAddress};
 use crate::node::{Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
-use crate::services::{FlowGate, Services};
+use crate::services::{Connections, FlowGate, Services, Snapshots};
 use crate::shared::Shared;
 use crate::sync::Channel;
 use crate::sys::{self, PacketSocket, RawIpSocket};
@@ -248,9 +248,11 @@ async fn attach_and_serve(
 
     let (services_state, state) = watch::channel(State::Standby);
     let approvals = Arc::new(programs.approvals()?);
+    let (connections, snapshots) = Connections::new().context("cannot create an eventfd")?;
     let served = tokio::spawn(services.run(
         state,
         approvals as Arc<dyn FlowGate>,
+        Arc::clone(&connections),
         Arc::clone(&metrics),
         cancel.clone(),
     ));
@@ -264,7 +266,14 @@ async fn attach_and_serve(
         .max(1);
     let link = match (&config.protect, sync_socket) {
         (Protect::Sync(sync), Some(socket)) => Some(make_link(
-            config, own, sync, socket, session, programs, &metrics,
+            config,
+            own,
+            sync,
+            socket,
+            session,
+            programs,
+            &metrics,
+            (connections, snapshots),
         )?),
         _ => {
             metrics.protection.choose(Protection::Async);
@@ -341,6 +350,10 @@ fn bind_sync(node: Ipv4Addr, port: u16) -> Result<UdpSocket, Fatal> {
     })
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn make_link(
     config: &Config,
     own: usize,
@@ -349,6 +362,7 @@ fn make_link(
     session: u64,
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
+    (connections, snapshots): (Arc<Connections>, Snapshots),
 ) -> Result<Link, Fatal> {
     let (node, peer) = (config.nodes[own], config.nodes[1 - own]);
     metrics.protection.choose(Protection::Standby);
@@ -366,9 +380,11 @@ fn make_link(
             maps: programs.guard_maps()?,
             socket: link::release_socket(&config.interface)
                 .map_err(|error| lacks_raw(error, "a marked raw IP socket"))?,
+            connections,
             metrics: Arc::clone(metrics),
         },
         openings: programs.take_openings()?,
+        snapshots,
         metrics: Arc::clone(metrics),
         peer_session: None,
         records: Vec::new(),

@@ -347,13 +347,18 @@ impl Engine {
             self.inbox.wake.as_fd(),
         ];
         // The link's, or one of the own twice.
-        let link = self.link.as_ref().map_or([own[2]; 2], Link::fds);
+        let link = self.link.as_ref().map_or([own[2]; 3], Link::fds);
         let [a, b, c] = own;
-        let [d, e] = link;
-        let mut fds = [a, b, c, d, e].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let [d, e, f] = link;
+        let mut fds = [a, b, c, d, e, f].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
         let _ = self.inbox.wake.read();
+        if let Some(link) = &self.link
+            && fds[5].any().unwrap_or(true)
+        {
+            link.snapshots.calm();
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //!  SYN ──► opening ──(SYN-ACK of the active)──► opening, in LIVE_FLOWS
 //!                          │
 //!                          └─(client's ACK, or takeover)──► shadow ──► closed, reaped
-//!  segment of an unknown flow from the active ──► unprotected
+//!  segment of an unknown flow from the active ──► unprotected ──(its snapshot)──► shadow
 //! ```
 //!
 //! Nothing is built for a connection before its handshake is complete, so a SYN flood costs an
@@ -16,6 +16,7 @@
 mod handshake;
 #[cfg(test)]
 mod lab;
+mod late;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +28,7 @@ use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
 use self::handshake::{Habit, Opening, near};
+use self::late::Arrival;
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
 use crate::lockstep::later;
@@ -154,6 +156,10 @@ pub struct Flows {
     out: Vec<Outgoing>,
     flows: HashMap<FlowKey, Flow>,
     openings: HashMap<FlowKey, Opening>,
+    /// Flows whose snapshots are under way, the memory that takes, and of which it came more.
+    arrivals: HashMap<FlowKey, Arrival>,
+    arrival_bytes: usize,
+    got: Vec<FlowKey>,
     opening_order: VecDeque<(FlowKey, u32)>,
     /// How the services' kernel sockets answer, for when a SYN-ACK's copy is lost.
     habits: HashMap<u16, Habit>,
@@ -192,6 +198,9 @@ impl Flows {
             out: Vec::new(),
             flows: HashMap::new(),
             openings: HashMap::new(),
+            arrivals: HashMap::new(),
+            arrival_bytes: 0,
+            got: Vec::new(),
             opening_order: VecDeque::new(),
             habits: HashMap::new(),
             timers: BTreeSet::new(),
@@ -240,6 +249,9 @@ impl Flows {
         };
         if !self.config.services.contains_key(&flow.service_port) {
             return FrameResult::Outside;
+        }
+        if !self.arrivals.is_empty() {
+            self.keep_frame(flow, packet, &segment, direction, now);
         }
         let known = match direction {
             Direction::ToVip => self.process_client(flow, &segment, now, fx),
@@ -490,6 +502,7 @@ impl Flows {
     pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
         let now = self.advance(now);
         self.live = true;
+        self.drop_arrivals();
         self.adopt_openings(now, fx);
         let mut report = TakeoverReport::default();
         let mut resets: HashMap<ResetReason, usize> = HashMap::new();
@@ -547,6 +560,7 @@ impl Flows {
     /// The node is standby again: what lived here belongs to an epoch that is over.
     pub fn go_standby(&mut self, fx: &mut impl Effects) {
         self.live = false;
+        self.drop_arrivals();
         self.timers.clear();
         self.timer_of.clear();
         self.opening_order.clear();
@@ -608,6 +622,7 @@ impl Flows {
         if now >= self.next_sweep {
             self.next_sweep = now + SECOND;
             self.sweep(now, fx);
+            self.sweep_arrivals(now);
         }
     }
 

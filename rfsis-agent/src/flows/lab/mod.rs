@@ -22,7 +22,7 @@ use smoltcp::wire::{
     HardwareAddress, IpAddress, IpCidr, Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
-use super::{Effects, Flows, FlowsConfig, TakeoverReport};
+use super::{Effects, Flow, Flows, FlowsConfig, TakeoverReport};
 use crate::handler::{HandlerKind, StreamHandler, chargen_fill};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, distance, later};
@@ -223,12 +223,7 @@ impl Lab {
             None => (&mut self.heir, &mut self.heir_servers),
         };
         let handle = host.sockets.add(listener);
-        servers.push(Server {
-            handle,
-            handler,
-            input: vec![],
-            done: false,
-        });
+        servers.push(Server::new(handle, handler));
         if let Some(isn) = tweaks.active_isn {
             host.wanted.insert(port, isn);
         }
@@ -310,6 +305,9 @@ impl Lab {
                     self.tap(packet, direction.into());
                 }
                 if let Some(active) = &mut self.active {
+                    if let Some(track) = self.world.tracks.get_mut(&flow) {
+                        track.kernel_hears(&segment);
+                    }
                     active.receive(packet);
                 }
             }
@@ -489,12 +487,7 @@ impl Lab {
             listener.listen((VIP, conn.plan.service)).unwrap();
             let handle = self.heir.sockets.add(listener);
             let handler = config().services[&conn.plan.service].stream();
-            self.heir_servers.push(Server {
-                handle,
-                handler,
-                input: vec![],
-                done: false,
-            });
+            self.heir_servers.push(Server::new(handle, handler));
         }
     }
 
