@@ -398,11 +398,15 @@ impl Lab {
     }
 
     /// What the active's kernel and its server know of a connection.
-    fn snapshot(&mut self, flow: FlowKey) -> Option<Snapshot> {
+    pub fn snapshot(&mut self, flow: FlowKey) -> Option<Snapshot> {
         let track = self.world.tracks.get(&flow)?;
-        let conn = self.conns.iter().rposition(|conn| conn.flow() == flow)?;
-        let server = self.servers.get(conn)?;
-        let socket = self.active.as_mut()?.socket(server.handle);
+        let active = self.active.as_mut()?;
+        let remote = Some((CLIENT, flow.client_port).into());
+        let server = self
+            .servers
+            .iter()
+            .rfind(|server| active.socket(server.handle).remote_endpoint() == remote)?;
+        let socket = active.socket(server.handle);
         if !socket.may_send() || server.done {
             return None;
         }
@@ -410,7 +414,7 @@ impl Lab {
         socket.peek_slice(&mut waiting).unwrap();
         let input = [&server.input[..], &waiting].concat();
         let next = track.client_isn.wrapping_add(1 + server.taken as u32);
-        let fin = !socket.may_recv();
+        let fin = socket.state() == State::CloseWait;
         let ack = next.wrapping_add(input.len() as u32 + u32::from(fin));
         let una = track.una?;
         let acknowledged = distance(track.active_isn.wrapping_add(1), una) as usize;

@@ -507,7 +507,7 @@ impl Lab {
         self.take_over()
     }
 
-    fn is_done(&mut self, conn: usize) -> bool {
+    pub fn is_done(&mut self, conn: usize) -> bool {
         let state = self.client_state(conn);
         let conn = &self.conns[conn];
         conn.ended && conn.got >= conn.plan.want && matches!(state, State::Closed | State::TimeWait)
