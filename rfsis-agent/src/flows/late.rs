@@ -92,7 +92,7 @@ impl Flows {
             self.flows.remove(&flow);
             fx.release(flow);
         }
-        self.leave_unprotected(flow, Some(next), now);
+        self.note_unprotected(flow, next, now);
         let kind = self.config.services.get(&flow.service_port);
         if kind.is_none_or(|kind| kind.output() == Output::Observed) {
             return self.tells.push(Record::Decline { flow, join });
@@ -122,6 +122,16 @@ impl Flows {
             join,
             next: 0,
         });
+    }
+
+    /// The flow has no shadow yet, and perhaps never will. `next`: behind what the active has sent.
+    fn note_unprotected(&mut self, flow: FlowKey, next: u32, now: Nanos) {
+        if !self.flows.contains_key(&flow) {
+            self.leave_unprotected(flow, None, now);
+        }
+        if let Some(Flow::Unprotected { sent, .. }) = self.flows.get_mut(&flow) {
+            *sent = Some(next);
+        }
     }
 
     /// Bytes of a snapshot.
@@ -231,7 +241,7 @@ impl Flows {
         let (join, got, next) = (arrival.join, arrival.got, arrival.next);
         if !self.insert_restored(flow, join, &bytes, now, fx) {
             self.arrivals.remove(&flow);
-            self.leave_unprotected(flow, Some(next), now);
+            self.note_unprotected(flow, next, now);
             self.tells.push(Record::Decline { flow, join });
             return;
         }

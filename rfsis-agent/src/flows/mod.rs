@@ -34,7 +34,7 @@ use crate::heartbeat::Nanos;
 use crate::lockstep::later;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
-use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, probe_packet, reset_packet};
 use crate::sync::Record;
 use crate::wire::Wire;
 
@@ -110,6 +110,10 @@ enum Flow {
     /// Older than this standby, or beyond a bound. Known so that it can be reset at takeover.
     Unprotected {
         client_ack: Option<u32>,
+        /// Behind what the client has sent.
+        client_next: Option<u32>,
+        /// Behind what the active has sent, as far as is known: it may still be on its way.
+        sent: Option<u32>,
         last_activity: Nanos,
     },
 }
@@ -291,13 +295,16 @@ impl Flows {
         match self.flows.get_mut(&flow) {
             Some(Flow::Unprotected {
                 client_ack,
+                client_next,
                 last_activity,
+                ..
             }) => {
                 // An older ACK that comes late would make for an RST that the client ignores.
                 *client_ack = match (*client_ack, segment.ack) {
                     (Some(known), Some(ack)) => Some(later(known, ack)),
                     (known, ack) => known.or(ack),
                 };
+                *client_next = Some(client_next.map_or(segment.end(), |n| later(n, segment.end())));
                 *last_activity = now;
                 if segment.rst {
                     self.flows.remove(&flow);
@@ -344,7 +351,14 @@ impl Flows {
                 });
                 true
             }
-            Some(Flow::Unprotected { last_activity, .. }) => {
+            Some(Flow::Unprotected {
+                sent,
+                client_next,
+                last_activity,
+                ..
+            }) => {
+                *sent = Some(sent.map_or(segment.end(), |sent| later(sent, segment.end())));
+                *client_next = client_next.or(segment.ack);
                 *last_activity = now;
                 if segment.rst {
                     self.flows.remove(&flow);
@@ -355,6 +369,12 @@ impl Flows {
             None if segment.rst || segment.fin => false,
             None => {
                 self.leave_unprotected(flow, None, now);
+                if let Some(Flow::Unprotected {
+                    sent, client_next, ..
+                }) = self.flows.get_mut(&flow)
+                {
+                    (*sent, *client_next) = (Some(segment.end()), segment.ack);
+                }
                 true
             }
         }
@@ -389,6 +409,8 @@ impl Flows {
                 flow,
                 Flow::Unprotected {
                     client_ack,
+                    client_next: None,
+                    sent: None,
                     last_activity: now,
                 },
             );
@@ -510,18 +532,37 @@ impl Flows {
         let mut speakers = Vec::new();
         for (&flow, entry) in &mut self.flows {
             match entry {
-                Flow::Unprotected { client_ack, .. } => {
-                    let packet =
-                        client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
-                    doomed.push((flow, ResetReason::Unprotected, packet));
+                Flow::Unprotected {
+                    client_ack,
+                    client_next,
+                    sent,
+                    ..
+                } => {
+                    // Either number may be the exact one. If none is, the client answers the last packet,
+                    // and the kernel knows from the answer how to reset it.
+                    let vip = self.config.vip;
+                    let mut numbers: Vec<u32> = client_ack.iter().chain(&*sent).copied().collect();
+                    numbers.dedup();
+                    let resets = numbers
+                        .iter()
+                        .map(|seq| reset_packet(flow, vip, *seq, None));
+                    let known = client_ack.or(*sent).zip(*client_next);
+                    let probe = known.map(|(seq, ack)| probe_packet(flow, vip, seq, ack));
+                    let packets = resets.chain(probe).collect();
+                    doomed.push((
+                        flow,
+                        ResetReason::Unprotected,
+                        packets,
+                        client_next.is_some(),
+                    ));
                 }
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
-                    let packet = Some(shadow.reset_packet());
-                    doomed.push((flow, ResetReason::Unprotected, packet));
+                    let packets = vec![shadow.reset_packet()];
+                    doomed.push((flow, ResetReason::Unprotected, packets, true));
                 }
                 Flow::Shadow(shadow) => match shadow.fate() {
-                    Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
+                    Err(reason) => doomed.push((flow, reason, vec![shadow.reset_packet()], true)),
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
@@ -539,13 +580,16 @@ impl Flows {
             self.with_shadow(flow, now, fx, Shadow::resume);
         }
         let mut told = Vec::new();
-        for (flow, reason, packet) in doomed {
+        for (flow, reason, packets, heard) in doomed {
             *resets.entry(reason).or_default() += 1;
             // The kernel answers whatever the client sends next: let that pass as well.
             fx.approve(flow);
-            if let Some(packet) = packet {
+            for packet in packets {
                 fx.send(&packet);
-                told.push(packet);
+                // Whoever was never heard may still be opening its connection, and then the kernel has it.
+                if heard {
+                    told.push(packet);
+                }
             }
             self.remove(flow, fx);
         }

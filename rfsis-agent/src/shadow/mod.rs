@@ -46,7 +46,7 @@ use crate::sync::{Confirm, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
-pub use live::reset_packet;
+pub use live::{probe_packet, reset_packet};
 
 /// Receive and send buffer of a shadow, bytes. One byte short of 64 KiB, so that smoltcp's own
 /// window shift is 0. The pages are touched only when used.

@@ -296,6 +296,9 @@ impl Lab {
                         tracks.insert(flow, Track::of_syn(&segment));
                     }
                 }
+                if let Some(track) = self.world.tracks.get_mut(&flow) {
+                    track.client_says(&segment);
+                }
                 if segment.syn {
                     self.syn_arrives(packet);
                 }
@@ -305,9 +308,6 @@ impl Lab {
                     self.tap(packet, direction.into());
                 }
                 if let Some(active) = &mut self.active {
-                    if let Some(track) = self.world.tracks.get_mut(&flow) {
-                        track.kernel_hears(&segment);
-                    }
                     active.receive(packet);
                 }
             }

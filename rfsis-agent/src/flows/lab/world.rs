@@ -92,8 +92,8 @@ impl Track {
         }
     }
 
-    /// The active's kernel gets this of the client.
-    pub(super) fn kernel_hears(&mut self, segment: &Segment<'_>) {
+    /// This of the client has arrived.
+    pub(super) fn client_says(&mut self, segment: &Segment<'_>) {
         let Some(ack) = segment.ack.filter(|_| !segment.syn && !segment.rst) else {
             return;
         };
@@ -148,7 +148,10 @@ impl Track {
 
     /// Everything that a client could hold against a live shadow.
     pub(super) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
-        if segment.rst {
+        // The client looks no further at a segment from before what it has got.
+        let probe =
+            segment.payload.is_empty() && self.una.is_some_and(|una| before(segment.seq, una));
+        if segment.rst || probe {
             return;
         }
         let ack = segment.ack.expect("a segment without ACK");
