@@ -68,6 +68,8 @@ pub struct Settings {
     /// How long the standby may be silent before clients no longer wait for it, as the config writes it;
     /// the default if not given. Only with `sync`.
     pub protect_timeout: Option<String>,
+    /// Bound of the shadows; the default if not given.
+    pub max_flows: Option<u32>,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
     /// Heartbeat interval as the config writes it.
@@ -88,6 +90,7 @@ impl Default for Settings {
             tap: Tap::Lan,
             sync: false,
             protect_timeout: None,
+            max_flows: None,
             udp_replay: None,
             interval: format!("{}ms", 50 * slowness()),
             missed: 6,
@@ -114,6 +117,7 @@ impl Settings {
             tap,
             sync,
             protect_timeout,
+            max_flows,
             udp_replay,
             interval,
             missed,
@@ -132,7 +136,7 @@ impl Settings {
              key: {key:?}\n\
              {}\
              protect: {}\n\
-             {}{}\
+             {}{}{}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
@@ -142,6 +146,9 @@ impl Settings {
             if *sync { "sync" } else { "async" },
             given("protect_timeout", protect_timeout),
             given("udp_replay", udp_replay),
+            max_flows.map_or_else(String::new, |flows| format!(
+                "shadow: {{ max_flows: {flows} }}\n"
+            )),
         );
         for (handler, number) in [
             ("echo", port::ECHO),
