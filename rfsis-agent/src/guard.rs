@@ -546,10 +546,8 @@ impl Guard {
             return;
         }
         // Of a flow that was exposed from its start nothing is known yet.
-        let known = match flow.confirmation {
-            none if none == Confirmation::default() => fresh,
-            known => known,
-        };
+        let first = flow.confirmation == Confirmation::default();
+        let known = if first { fresh } else { flow.confirmation };
         let merged = Confirmation::new(
             later(known.ack(), fresh.ack()),
             later(known.edge(), fresh.edge()),
@@ -559,7 +557,7 @@ impl Guard {
             self.protect_again(confirm.flow, now, fx);
             return;
         }
-        if merged != known {
+        if merged != known || first {
             fx.confirm(flow.slot, merged);
         }
         Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);

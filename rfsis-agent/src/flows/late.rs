@@ -32,7 +32,7 @@ const BYTES_LIMIT: usize = 32 << 20;
 /// What a frame costs besides its bytes.
 const FRAME_OVERHEAD: usize = 64;
 
-/// An arrival that has not moved for so long is forgotten; one that is through answers so long, ns.
+/// An arrival that has not moved for so long is forgotten, ns.
 const ARRIVAL_TIMEOUT: Nanos = 5 * SECOND;
 
 /// A flow whose snapshot is under way.
@@ -46,8 +46,6 @@ pub(super) struct Arrival {
     bytes: Vec<u8>,
     /// How many bytes came.
     got: u32,
-    /// The shadow is made.
-    through: bool,
     frames: Vec<(Nanos, Direction, Box<[u8]>)>,
     frame_bytes: usize,
 }
@@ -112,7 +110,6 @@ impl Flows {
             moved_at: now,
             bytes: Vec::new(),
             got: 0,
-            through: false,
             frames: Vec::new(),
             frame_bytes: 0,
         };
@@ -138,13 +135,23 @@ impl Flows {
     pub fn process_part(&mut self, part: &Part, now: Nanos, fx: &mut impl Effects) {
         let now = self.advance(now);
         let (flow, join) = (part.flow, part.join);
-        let Some(arrival) = self.arrivals.get_mut(&flow) else {
-            return;
-        };
-        if arrival.join != join || self.live {
+        if self.live {
             return;
         }
-        if !arrival.through && part.offset == arrival.got && part.total as usize <= MAX_SNAPSHOT {
+        let Some(arrival) = self.arrivals.get_mut(&flow) else {
+            // The last that was said of it is lost.
+            if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
+                && shadow.joined() == Some(join)
+            {
+                let next = part.total;
+                self.tells.push(Record::Got { flow, join, next });
+            }
+            return;
+        };
+        if arrival.join != join {
+            return;
+        }
+        if part.offset == arrival.got && part.total as usize <= MAX_SNAPSHOT {
             arrival.bytes.extend_from_slice(&part.bytes);
             arrival.got += part.bytes.len() as u32;
             arrival.moved_at = now;
@@ -187,9 +194,6 @@ impl Flows {
         let Some(arrival) = self.arrivals.get_mut(&flow) else {
             return;
         };
-        if arrival.through {
-            return;
-        }
         let cost = packet.len() + FRAME_OVERHEAD;
         // A SYN begins another connection on the same ports. Without a frame the rest is worth nothing:
         // the active offers the flow again.
@@ -231,16 +235,19 @@ impl Flows {
 
     /// The snapshot is complete.
     fn restore(&mut self, flow: FlowKey, now: Nanos, fx: &mut impl Effects) {
-        let Some(arrival) = self.arrivals.get_mut(&flow) else {
+        let Some(arrival) = self.arrivals.remove(&flow) else {
             return;
         };
-        let bytes = std::mem::take(&mut arrival.bytes);
-        let frames = std::mem::take(&mut arrival.frames);
-        self.arrival_bytes -= bytes.len() + std::mem::take(&mut arrival.frame_bytes);
-        arrival.through = true;
-        let (join, got, next) = (arrival.join, arrival.got, arrival.next);
+        self.arrival_bytes -= arrival.memory();
+        let Arrival {
+            join,
+            next,
+            bytes,
+            got,
+            frames,
+            ..
+        } = arrival;
         if !self.insert_restored(flow, join, &bytes, now, fx) {
-            self.arrivals.remove(&flow);
             self.note_unprotected(flow, next, now);
             self.tells.push(Record::Decline { flow, join });
             return;

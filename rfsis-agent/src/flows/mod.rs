@@ -31,7 +31,7 @@ use self::handshake::{Habit, Opening, near};
 use self::late::Arrival;
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
-use crate::lockstep::later;
+use crate::lockstep::{before, later};
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
 use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, probe_packet, reset_packet};
@@ -541,11 +541,10 @@ impl Flows {
                     // Either number may be the exact one. If none is, the client answers the last packet,
                     // and the kernel knows from the answer how to reset it.
                     let vip = self.config.vip;
-                    let mut numbers: Vec<u32> = client_ack.iter().chain(&*sent).copied().collect();
-                    numbers.dedup();
-                    let resets = numbers
-                        .iter()
-                        .map(|seq| reset_packet(flow, vip, *seq, None));
+                    let beyond =
+                        sent.filter(|sent| client_ack.is_none_or(|ack| before(ack, *sent)));
+                    let numbers = client_ack.iter().copied().chain(beyond);
+                    let resets = numbers.map(|seq| reset_packet(flow, vip, seq, None));
                     let known = client_ack.or(*sent).zip(*client_next);
                     let probe = known.map(|(seq, ack)| probe_packet(flow, vip, seq, ack));
                     let packets = resets.chain(probe).collect();

@@ -4,7 +4,8 @@
 //!    ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
 //! 2. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
 //!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
-//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them.
+//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This one
+//!    closes the flow when it is taken: of what comes after it the client is told only what is confirmed.
 
 use rfsis_common::ack_gate::{Confirmation, sent_flags};
 use rfsis_common::maps::FlowKey;
@@ -14,9 +15,11 @@ use crate::heartbeat::Nanos;
 use crate::lockstep::before;
 use crate::sync::{Offer, Record, Snapshot};
 
-/// A flow that is closing is looked at so often, and open again after this, ns.
+/// A flow that is closing is looked at so often, and open again after this, ns; after more, where the whole
+/// snapshot is under way meanwhile.
 const CLOSING_LOOK: Nanos = 10 * MS;
 const CLOSING_PATIENCE: Nanos = 40 * MS;
+const SNAPSHOT_PATIENCE: Nanos = 240 * MS;
 
 /// So often in a row it is closed in vain: its client would feel it.
 const CLOSED_IN_VAIN: u8 = 4;
@@ -72,6 +75,12 @@ impl Guard {
                 flow.client_isn = snapshot.client_isn();
                 flow.active_isn = snapshot.active_isn();
                 flow.confirmation = Confirmation::default();
+                if flow.closed_in_vain > 0 {
+                    // Copies get lost while it is open, and each would be missing for good.
+                    fx.confirm(flow.slot, Confirmation::new(snapshot.ack, snapshot.edge));
+                    flow.phase = Phase::Closing { since: now };
+                    self.closings.push_back((now + CLOSING_LOOK, key));
+                }
                 snapshot.to_bytes()
             });
         self.joins.process_snapshot(key, join, complete, now);
@@ -138,9 +147,16 @@ impl Guard {
         let Phase::Closing { since } = flow.phase else {
             return;
         };
-        if now.saturating_sub(since) < CLOSING_PATIENCE {
+        let patience = match flow.closed_in_vain {
+            0 => CLOSING_PATIENCE,
+            _ => SNAPSHOT_PATIENCE,
+        };
+        let joins = self.joins.concerns(&key);
+        if now.saturating_sub(since) < patience {
             // The standby's word may be lost.
-            if let Some(sent) = fx.sent(flow.slot) {
+            if let Some(sent) = fx.sent(flow.slot)
+                && !joins
+            {
                 self.records.push(Record::Told {
                     flow: key,
                     client_isn: flow.client_isn,
@@ -152,6 +168,7 @@ impl Guard {
         }
         flow.closed_in_vain += 1;
         if flow.closed_in_vain < CLOSED_IN_VAIN {
+            // Nothing new, if it is under way.
             self.joins.want(key, now);
         } else {
             self.joins.give_up(key, now);

@@ -78,6 +78,11 @@ impl Shadow {
         shadow
     }
 
+    /// The late join that it was made by.
+    pub fn joined(&self) -> Option<u32> {
+        self.joined
+    }
+
     /// Whether it was made by this late join, or a later one.
     pub fn has_joined_since(&self, join: u32) -> bool {
         self.joined.is_some_and(|joined| !before(joined, join))
