@@ -495,11 +495,7 @@ impl Guard {
                 self.tell_all(*flow, fx);
                 self.forget(*flow, fx);
             }
-            Record::Got { flow, join, next } => {
-                if self.joins.process_got(*flow, *join, *next, now) {
-                    fx.take_snapshot(*flow, *join);
-                }
-            }
+            Record::Got { flow, join, next } => self.process_got(*flow, *join, *next, now, fx),
             Record::Decline { flow, join } => self.joins.process_decline(*flow, *join, now),
             _ => {}
         }

@@ -51,6 +51,20 @@ impl Guard {
         }
     }
 
+    /// The standby has got so much of a snapshot, and keeps the flow's frames.
+    pub(super) fn process_got(
+        &mut self,
+        key: FlowKey,
+        join: u32,
+        next: u32,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if self.joins.process_got(key, join, next, now) {
+            fx.take_snapshot(key, join);
+        }
+    }
+
     /// What [`GuardEffects::take_snapshot`] has asked for; `None` if no such connection runs.
     pub fn process_snapshot(
         &mut self,
