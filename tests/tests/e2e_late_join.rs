@@ -218,7 +218,12 @@ fn connections_older_than_the_backup_survive_the_primary_with_tap_lan() {
 
 #[test]
 fn connections_survive_the_restart_of_the_backup_under_load_and_then_the_primary() {
-    let (lab, settings) = (Wiring::Mirror.lab(), patient(Wiring::Mirror.settings()));
+    let lab = Wiring::Mirror.lab();
+    let settings = Settings {
+        // Without a backup the clients wait for so long.
+        protect_timeout: Some("500ms".into()),
+        ..Wiring::Mirror.settings()
+    };
     let primary = primary_alone(&lab, &settings);
     let backup = Agent::start(&lab, Host::B, "backup", &settings);
     primary.wait_protection("sync");

@@ -4,8 +4,8 @@
 //!    ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
 //! 2. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
 //!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
-//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This one
-//!    closes the flow when it is taken: of what comes after it the client is told only what is confirmed.
+//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This time
+//!    the flow is closed before it is taken: nobody is told of what comes after it until that is confirmed.
 
 use rfsis_common::ack_gate::{Confirmation, sent_flags};
 use rfsis_common::maps::FlowKey;
@@ -60,9 +60,20 @@ impl Guard {
         now: Nanos,
         fx: &mut impl GuardEffects,
     ) {
-        if self.joins.process_got(key, join, next, now) {
-            fx.take_snapshot(key, join);
+        if !self.joins.process_got(key, join, next, now) {
+            return;
         }
+        if let Some(flow) = self.flows.get_mut(&key)
+            && flow.closed_in_vain > 0
+            && let Some(sent) = fx.sent(flow.slot)
+        {
+            // Copies get lost while it is open, and each would be missing for good. All that the client was
+            // told until now the snapshot will have.
+            fx.confirm(flow.slot, Confirmation::new(sent.told, sent.told_edge));
+            flow.phase = Phase::Closing { since: now };
+            self.closings.push_back((now + CLOSING_LOOK, key));
+        }
+        fx.take_snapshot(key, join);
     }
 
     /// What [`GuardEffects::take_snapshot`] has asked for; `None` if no such connection runs.
@@ -89,12 +100,6 @@ impl Guard {
                 flow.client_isn = snapshot.client_isn();
                 flow.active_isn = snapshot.active_isn();
                 flow.confirmation = Confirmation::default();
-                if flow.closed_in_vain > 0 {
-                    // Copies get lost while it is open, and each would be missing for good.
-                    fx.confirm(flow.slot, Confirmation::new(snapshot.ack, snapshot.edge));
-                    flow.phase = Phase::Closing { since: now };
-                    self.closings.push_back((now + CLOSING_LOOK, key));
-                }
                 snapshot.to_bytes()
             });
         self.joins.process_snapshot(key, join, complete, now);

@@ -424,10 +424,19 @@ fn a_snapshot_that_cannot_be_used_is_declined_and_nothing_of_it_stays() {
     hostile.send(5, 9, bytes.len(), &bytes);
     assert!(hostile.says().contains(&whole));
     assert_eq!(hostile.lab.flows.census().unprotected, 0);
-    hostile.lab.run_for(10 * SECOND);
-    hostile.offer(5, 8);
-    hostile.offer(5, 9);
-    assert_eq!(hostile.lab.flows.census().unprotected, 0);
+    // Nor if it names the connection by its present number.
+    let known = crate::sync::snapshot::tests::example().client_isn();
+    for (join, ends) in [(8, 0), (9, 0), (10, 1)] {
+        let offer = Offer {
+            flow,
+            join,
+            client_isn: known,
+            next: 2,
+        };
+        let lab = &mut hostile.lab;
+        lab.flows.process_offer(&offer, lab.now, &mut lab.world);
+        assert_eq!(lab.flows.census().unprotected, ends, "join {join}");
+    }
 }
 
 #[test]
