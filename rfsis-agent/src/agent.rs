@@ -43,7 +43,7 @@ use crate::node::{Event, Fact, Node, NodeConfig, TakeoverReason};
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::redundancy::{self, Redundancy, age};
 use crate::relay::{Relay, RelayConfig};
-use crate::services::{FlowGate, Services};
+use crate::services::{Connections, FlowGate, Services, Snapshots};
 use crate::shared::Shared;
 use crate::sockets::{VipSockets, destroy_stale};
 use crate::switchover::Switchover;
@@ -297,9 +297,11 @@ async fn attach_and_serve(
     let (services_state, state) = watch::channel(State::Standby);
     tasks.spawn(destroy_stale(sockets, state.clone()));
     let approvals = Arc::new(programs.approvals()?);
+    let (connections, snapshots) = Connections::new().context("cannot create an eventfd")?;
     let served = tokio::spawn(services.run(
         state,
         approvals as Arc<dyn FlowGate>,
+        Arc::clone(&connections),
         Arc::clone(&metrics),
         cancel.clone(),
     ));
@@ -313,7 +315,14 @@ async fn attach_and_serve(
         .max(1);
     let link = match (&config.protect, sync_socket) {
         (Protect::Sync(sync), Some(socket)) => Some(make_link(
-            config, own, sync, socket, session, programs, &metrics,
+            config,
+            own,
+            sync,
+            socket,
+            session,
+            programs,
+            &metrics,
+            (connections, snapshots),
         )?),
         _ => {
             metrics.protection.choose(Protection::Async);
@@ -409,6 +418,10 @@ fn bind_sync(node: Ipv4Addr, port: u16) -> Result<UdpSocket, Fatal> {
     })
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "all are made by the one caller, in this order"
+)]
 fn make_link(
     config: &Config,
     own: usize,
@@ -417,6 +430,7 @@ fn make_link(
     session: u64,
     programs: &mut Programs,
     metrics: &Arc<Metrics>,
+    (connections, snapshots): (Arc<Connections>, Snapshots),
 ) -> Result<Link, Fatal> {
     let (node, peer) = (config.nodes[own], config.nodes[1 - own]);
     metrics.protection.choose(Protection::Standby);
@@ -434,9 +448,11 @@ fn make_link(
             maps: programs.guard_maps()?,
             socket: link::release_socket(&config.interface)
                 .map_err(|error| lacks_raw(error, "a marked raw IP socket"))?,
+            connections,
             metrics: Arc::clone(metrics),
         },
         openings: programs.take_openings()?,
+        snapshots,
         metrics: Arc::clone(metrics),
         peer_session: None,
         records: Vec::new(),

@@ -286,7 +286,10 @@ impl Engine {
             if !more {
                 let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_lost).min(next_census);
-                let rest = self.rest.begin(!self.flows.is_live(), sys::monotonic());
+                // What is sent on, and what live shadows answer, clients wait for.
+                let now = sys::monotonic();
+                let may_rest = !self.flows.is_live() && !self.relay.is_open(now);
+                let rest = self.rest.begin(may_rest, now);
                 self.wait(until.min(link).min(rest));
             }
         }
@@ -430,13 +433,18 @@ impl Engine {
             self.inbox.wake.as_fd(),
         ];
         // The link's, or one of the own twice.
-        let link = self.link.as_ref().map_or([own[2]; 2], Link::fds);
+        let link = self.link.as_ref().map_or([own[2]; 3], Link::fds);
         let [a, b, c] = own;
-        let [d, e] = link;
-        let mut fds = [a, b, c, d, e].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let [d, e, f] = link;
+        let mut fds = [a, b, c, d, e, f].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None);
         let _ = self.inbox.wake.read();
+        if let Some(link) = &self.link
+            && fds[5].any().unwrap_or(true)
+        {
+            link.snapshots.calm();
+        }
     }
 }
 

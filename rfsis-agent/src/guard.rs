@@ -7,13 +7,18 @@
 //!  SYN-ACK held ──► OPENING ──(standby confirms)──► GUARDED ◄──────────────┐
 //!                      │  OPEN, repeated               │                   │ confirmed all that
 //!                      │                               │ standby silent    │ the client was told
-//!                      │ refused, or standby silent    ▼                   │
-//!                      └──────► let go              EXPOSED ───────────────┘
-//!                               (unprotected)       the gate passes all of it
+//!                      │ refused: let go               ▼                   │
+//!                      └─(standby silent)────────► EXPOSED ─────────► CLOSING
+//!                                      the gate passes all of it      the client is told no more
 //! ```
+//!
+//! A standby that was started anew knows none of them. It says so when it is asked, and gets them one after
+//! the other: see `guard/late.rs`.
 //!
 //! A release may race with the gate: it reads the confirmation, and holds an ACK just after this module
 //! has looked. So each flow is looked at once more, [`RECHECK`] later.
+
+mod late;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::Ipv4Addr;
@@ -27,6 +32,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
 use crate::heartbeat::Nanos;
+use crate::join::{Ended, Joins};
 use crate::lockstep::{before, later};
 use crate::segment::{self, Options, Segment};
 use crate::sync::{Confirm, Open, Record, Sack};
@@ -98,6 +104,8 @@ pub trait GuardEffects {
     fn sent(&mut self, slot: u32) -> Option<Sent>;
     /// Sends an IPv4 packet past the ACK gate.
     fn send(&mut self, packet: &[u8]);
+    /// Asks for a snapshot of a running connection, for [`Guard::process_snapshot`].
+    fn take_snapshot(&mut self, flow: FlowKey, join: u32);
 }
 
 /// How well what passes the gate is protected.
@@ -112,7 +120,7 @@ pub enum Fact {
     },
     /// The standby's agent is another: what the old one held is lost.
     StandbyForgot {
-        /// Flows that are unprotected now.
+        /// Flows that the new one does not know yet.
         flows: usize,
     },
 }
@@ -128,6 +136,8 @@ pub struct GuardCensus {
     pub exposed: usize,
     /// Let go since the start because the standby did not take them.
     pub refused: u64,
+    /// To be handed over to a standby that does not know them.
+    pub joining: usize,
 }
 
 #[derive(Debug)]
@@ -148,11 +158,17 @@ enum Phase {
     },
     Guarded,
     Exposed,
+    /// The gate lets out no more than is confirmed; the client may have been told of more before.
+    Closing {
+        since: Nanos,
+    },
 }
 
 #[derive(Debug)]
 struct Flow {
     slot: u32,
+    /// By which both nodes tell this connection from others of the same ports. Of a flow that has joined
+    /// late it is a made-up one, see [`Snapshot::client_isn`](crate::sync::Snapshot::client_isn).
     client_isn: u32,
     active_isn: u32,
     shift: u8,
@@ -160,6 +176,8 @@ struct Flow {
     phase: Phase,
     confirmation: Confirmation,
     recheck: Option<Nanos>,
+    /// How often it was closed in vain.
+    closed_in_vain: u8,
     /// When the standby was heard of it, or asked for it.
     known_at: Nanos,
 }
@@ -177,6 +195,7 @@ impl Flow {
             phase,
             confirmation: Confirmation::default(),
             recheck: None,
+            closed_in_vain: 0,
             known_at: now,
         }
     }
@@ -213,8 +232,12 @@ pub struct Guard {
     /// Openings to be repeated.
     repeats: BTreeSet<(Nanos, FlowKey)>,
     rechecks: BTreeSet<(Nanos, FlowKey)>,
+    /// Flows that are closing, and when they are to be looked at.
+    closings: VecDeque<(Nanos, FlowKey)>,
     /// Exposed flows that the standby is still to be asked for.
     to_ask: Vec<FlowKey>,
+    /// Flows that it does not know.
+    joins: Joins,
     records: Vec<Record>,
     facts: Vec<Fact>,
     refused: u64,
@@ -239,7 +262,9 @@ impl Guard {
             free: (0..config.max_flows as u32).collect(),
             repeats: BTreeSet::new(),
             rechecks: BTreeSet::new(),
+            closings: VecDeque::new(),
             to_ask: Vec::new(),
+            joins: Joins::default(),
             records: Vec::new(),
             facts: Vec::new(),
             refused: 0,
@@ -281,15 +306,18 @@ impl Guard {
         self.guarding
     }
 
-    /// The standby's agent is another one than before: it knows no flow.
-    pub fn peer_changed(&mut self, fx: &mut impl GuardEffects) {
+    /// The standby's agent is another one than before: what the old one held is lost.
+    pub fn peer_changed(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
         self.heard_at = None;
         self.set_guarding(false, fx);
-        for flow in self.flows.keys().copied().collect::<Vec<_>>() {
-            self.let_go(flow, fx);
+        self.expose_all(now, fx);
+        self.joins.clear();
+        self.to_ask.clear();
+        for flow in self.flows.values_mut() {
+            flow.confirmation = Confirmation::default();
+            flow.closed_in_vain = 0;
         }
         let flows = self.flows.len();
-        self.forget_all(fx);
         if flows > 0 {
             self.facts.push(Fact::StandbyForgot { flows });
         }
@@ -466,14 +494,20 @@ impl Guard {
         match record {
             Record::Confirm(confirm) => self.process_confirm(confirm, now, fx),
             Record::Refuse { flow, client_isn } if self.is(flow, *client_isn) => {
-                self.refused += u64::from(self.is_opening(flow));
-                self.let_go(*flow, fx);
-                self.forget(*flow, fx);
+                if self.is_opening(flow) {
+                    self.refused += 1;
+                    self.let_go(*flow, fx);
+                    self.forget(*flow, fx);
+                } else {
+                    self.hand_over(*flow, now, fx);
+                }
             }
             Record::Close { flow, client_isn } if self.is(flow, *client_isn) => {
                 self.tell_all(*flow, fx);
                 self.forget(*flow, fx);
             }
+            Record::Got { flow, join, next } => self.process_got(*flow, *join, *next, now, fx),
+            Record::Decline { flow, join } => self.joins.process_decline(*flow, *join, now),
             _ => {}
         }
     }
@@ -519,47 +553,31 @@ impl Guard {
             return;
         }
         // Of a flow that was exposed from its start nothing is known yet.
-        let known = match flow.confirmation {
-            none if none == Confirmation::default() => fresh,
-            known => known,
-        };
+        let first = flow.confirmation == Confirmation::default();
+        let known = if first { fresh } else { flow.confirmation };
         let merged = Confirmation::new(
             later(known.ack(), fresh.ack()),
             later(known.edge(), fresh.edge()),
         );
         flow.confirmation = merged;
         if matches!(flow.phase, Phase::Exposed) {
-            Self::protect_again(flow, fx);
+            self.protect_again(confirm.flow, now, fx);
             return;
         }
-        if merged != known {
+        if merged != known || first {
             fx.confirm(flow.slot, merged);
         }
         let caught_up = Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
+        if matches!(flow.phase, Phase::Closing { .. }) && flow.is_all_confirmed(fx) {
+            flow.phase = Phase::Guarded;
+            flow.closed_in_vain = 0;
+        }
         let at = now + if caught_up { RECHECK } else { RECHECK_SOON };
         if flow.recheck.is_none_or(|planned| at < planned) {
             if let Some(planned) = flow.recheck.replace(at) {
                 self.rechecks.remove(&(planned, confirm.flow));
             }
             self.rechecks.insert((at, confirm.flow));
-        }
-    }
-
-    /// Guards an exposed flow again, if the standby holds all that its client was told. The gate may tell
-    /// more at the same moment, so it is looked at twice.
-    fn protect_again(flow: &mut Flow, fx: &mut impl GuardEffects) {
-        let holds_all = |flow: &Flow, fx: &mut _| {
-            GuardEffects::sent(fx, flow.slot)
-                .is_some_and(|sent| !before(flow.confirmation.ack(), sent.told))
-        };
-        if !holds_all(flow, fx) {
-            return;
-        }
-        fx.confirm(flow.slot, flow.confirmation);
-        if holds_all(flow, fx) {
-            flow.phase = Phase::Guarded;
-        } else {
-            fx.confirm(flow.slot, Confirmation::OPEN);
         }
     }
 
@@ -603,7 +621,9 @@ impl Guard {
         }
         let repeat = self.repeats.first().map_or(Nanos::MAX, |(at, _)| *at);
         let recheck = self.rechecks.first().map_or(Nanos::MAX, |(at, _)| *at);
-        self.next_tick.min(self.next_sweep).min(repeat).min(recheck)
+        let late = self.late_wakeup();
+        let regular = self.next_tick.min(self.next_sweep);
+        regular.min(repeat).min(recheck).min(late)
     }
 
     /// Time has passed.
@@ -640,6 +660,7 @@ impl Guard {
             self.repeats.remove(&(at, key));
             self.repeat(key, now, fx);
         }
+        self.poll_late(now, fx);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP_PAUSE;
             self.sweep(now, fx);
@@ -701,7 +722,8 @@ impl Guard {
             self.to_ask.extend(
                 exposed
                     .filter(|(_, flow)| matches!(flow.phase, Phase::Exposed))
-                    .map(|(key, _)| *key),
+                    .map(|(key, _)| *key)
+                    .filter(|key| !self.joins.concerns(key)),
             );
         }
         let most = if self.guarding {
@@ -713,6 +735,7 @@ impl Guard {
         for key in self.to_ask.split_off(rest) {
             if let Some(flow) = self.flows.get(&key)
                 && matches!(flow.phase, Phase::Exposed)
+                && !self.joins.concerns(&key)
                 && let Some(sent) = fx.sent(flow.slot)
             {
                 self.records.push(Record::Told {
@@ -727,23 +750,34 @@ impl Guard {
     /// Nobody confirms: the clients must not wait for it.
     fn degrade(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
         self.set_guarding(false, fx);
+        let exposed = self.expose_all(now, fx);
+        self.facts.push(Fact::Degraded { exposed });
+    }
+
+    /// Opens the gate for all flows; returns how many were guarded until now.
+    fn expose_all(&mut self, now: Nanos, fx: &mut impl GuardEffects) -> usize {
         let mut exposed = 0;
         for key in self.flows.keys().copied().collect::<Vec<_>>() {
-            let Some(flow) = self.flows.get_mut(&key) else {
-                continue;
-            };
-            match flow.phase {
-                Phase::Opening { .. } => self.open_exposed(key, now, fx),
-                Phase::Guarded => {
+            match self.flows.get(&key).map(|flow| &flow.phase) {
+                Some(Phase::Opening { .. }) => self.open_exposed(key, now, fx),
+                Some(Phase::Guarded) => {
                     exposed += 1;
-                    flow.phase = Phase::Exposed;
-                    fx.confirm(flow.slot, Confirmation::OPEN);
-                    self.tell_all(key, fx);
+                    self.expose(key, fx);
                 }
-                Phase::Exposed => {}
+                Some(Phase::Closing { .. }) => self.expose(key, fx),
+                Some(Phase::Exposed) | None => {}
             }
         }
-        self.facts.push(Fact::Degraded { exposed });
+        exposed
+    }
+
+    /// Opens the gate for one flow, which has been opened before.
+    fn expose(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        if let Some(flow) = self.flows.get_mut(&key) {
+            flow.phase = Phase::Exposed;
+            fx.confirm(flow.slot, Confirmation::OPEN);
+            self.tell_all(key, fx);
+        }
     }
 
     /// Lets out the SYN-ACK of an opening: the flow goes on as one that was opened while the gate was open.
@@ -813,7 +847,11 @@ impl Guard {
                 || quiet > self.config.idle_timeout
             {
                 ended.push((key, flow.client_isn));
-            } else if quiet > QUIET && now.saturating_sub(flow.known_at) > QUIET && self.guarding {
+            } else if quiet > QUIET
+                && now.saturating_sub(flow.known_at) > QUIET
+                && self.guarding
+                && !self.joins.concerns(&key)
+            {
                 flow.known_at = now;
                 self.records.push(Record::Told {
                     flow: key,
@@ -834,6 +872,7 @@ impl Guard {
                 fx.withdraw(key);
             }
             self.free.push_back(flow.slot);
+            self.joins.forget(&key);
         }
     }
 
@@ -845,7 +884,9 @@ impl Guard {
         self.syn_order.clear();
         self.repeats.clear();
         self.rechecks.clear();
+        self.closings.clear();
         self.to_ask.clear();
+        self.joins.clear();
     }
 
     // ---- out -----------------------------------------------------------------------------------
@@ -866,13 +907,14 @@ impl Guard {
     pub fn census(&self) -> GuardCensus {
         let mut census = GuardCensus {
             refused: self.refused,
+            joining: self.joins.waiting(),
             ..GuardCensus::default()
         };
         for flow in self.flows.values() {
             *match flow.phase {
                 Phase::Opening { .. } => &mut census.opening,
                 Phase::Guarded => &mut census.guarded,
-                Phase::Exposed => &mut census.exposed,
+                Phase::Exposed | Phase::Closing { .. } => &mut census.exposed,
             } += 1;
         }
         census

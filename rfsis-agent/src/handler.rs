@@ -34,6 +34,92 @@ pub trait StreamHandler: Send {
     /// nothing behind `input`. Called again whenever there is new input, new room or end of input;
     /// no progress means "nothing to do until then". Call until nothing was consumed or produced.
     fn advance(&mut self, input: &[u8], eof: bool, room: &mut [u8]) -> Progress;
+
+    /// All that the handler knows, for [`HandlerKind::restore`]: what that makes goes on as this one would.
+    fn snapshot(&self) -> Vec<u8>;
+}
+
+/// A snapshot that no handler of this kind has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("impossible state of a {} handler: are both nodes configured alike?", kind.as_str())]
+pub struct RestoreError {
+    /// Of which it was to be.
+    pub kind: HandlerKind,
+}
+
+/// Writes what another copy of the handler had written before, then goes on in its place.
+pub struct Resumed {
+    /// Already written, and not by `rest`, from `at` on.
+    written: Vec<u8>,
+    at: usize,
+    /// What comes behind it; `None` if nothing does.
+    rest: Option<Box<dyn StreamHandler>>,
+}
+
+impl Resumed {
+    /// `written` goes before whatever `rest` writes; without `rest` it is the end of the output.
+    pub fn new(written: Vec<u8>, rest: Option<Box<dyn StreamHandler>>) -> Self {
+        Self {
+            written,
+            at: 0,
+            rest,
+        }
+    }
+}
+
+impl std::fmt::Debug for Resumed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (bytes, goes_on) = (self.written.len() - self.at, self.rest.is_some());
+        write!(f, "Resumed({bytes} bytes, goes on: {goes_on})")
+    }
+}
+
+impl StreamHandler for Resumed {
+    fn advance(&mut self, input: &[u8], eof: bool, room: &mut [u8]) -> Progress {
+        let waiting = &self.written[self.at..];
+        if waiting.is_empty()
+            && let Some(rest) = &mut self.rest
+        {
+            return rest.advance(input, eof, room);
+        }
+        let count = waiting.len().min(room.len());
+        room[..count].copy_from_slice(&waiting[..count]);
+        self.at += count;
+        let through = self.at == self.written.len();
+        if through {
+            self.written = Vec::new();
+            self.at = 0;
+        }
+        Progress {
+            consumed: 0,
+            produced: count,
+            finished: through && self.rest.is_none(),
+        }
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        let waiting = &self.written[self.at..];
+        let Some(rest) = &self.rest else {
+            return [&[state::LAST], waiting].concat();
+        };
+        let rest = rest.snapshot();
+        if waiting.is_empty() {
+            return rest;
+        }
+        let len = (waiting.len() as u32).to_be_bytes();
+        [&[state::RESUMED], &len[..], waiting, &rest].concat()
+    }
+}
+
+/// First byte of a snapshot: of what.
+mod state {
+    /// A handler itself; its own state follows.
+    pub const PLAIN: u8 = 0;
+    /// [`Resumed`](super::Resumed): length of what is still to be written, 4 bytes, that, and the snapshot
+    /// of the rest.
+    pub const RESUMED: u8 = 1;
+    /// `Resumed` without a rest: what is still to be written.
+    pub const LAST: u8 = 2;
 }
 
 /// The built-in handlers.
@@ -87,6 +173,57 @@ impl HandlerKind {
         }
     }
 
+    /// A handler that goes on where the one stopped that made this snapshot.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if none of this kind has made it.
+    pub fn restore(self, snapshot: &[u8]) -> Result<Box<dyn StreamHandler>, RestoreError> {
+        let impossible = RestoreError { kind: self };
+        let mut written = Vec::new();
+        let mut left = snapshot;
+        let rest = loop {
+            let (&what, state) = left.split_first().ok_or(impossible)?;
+            match what {
+                // Perhaps resumed while it was still being resumed: a loop, because depth is the peer's choice.
+                state::RESUMED => {
+                    let (len, state) = state.split_first_chunk().ok_or(impossible)?;
+                    let len = u32::from_be_bytes(*len) as usize;
+                    let (more, state) = state.split_at_checked(len).ok_or(impossible)?;
+                    written.extend_from_slice(more);
+                    left = state;
+                }
+                state::PLAIN => break Some(self.restore_plain(state).ok_or(impossible)?),
+                state::LAST => {
+                    written.extend_from_slice(state);
+                    break None;
+                }
+                _ => return Err(impossible),
+            }
+        };
+        Ok(match rest {
+            Some(rest) if written.is_empty() => rest,
+            rest => Box::new(Resumed::new(written, rest)),
+        })
+    }
+
+    fn restore_plain(self, state: &[u8]) -> Option<Box<dyn StreamHandler>> {
+        Some(match self {
+            HandlerKind::Echo => Box::new(state.is_empty().then_some(Echo)?),
+            HandlerKind::Discard => Box::new(state.is_empty().then_some(Discard)?),
+            HandlerKind::Chargen => Box::new(Chargen {
+                position: u64::from_be_bytes(state.try_into().ok()?),
+            }),
+            HandlerKind::Daytime => {
+                let (&written, text) = state.split_first()?;
+                let written = usize::from(written);
+                Box::new((written <= text.len()).then(|| Daytime {
+                    text: text.to_vec(),
+                    written,
+                })?)
+            }
+        })
+    }
+
     /// The answer to a UDP datagram, if there is one.
     pub fn datagram(self, input: &[u8]) -> Option<Vec<u8>> {
         match self {
@@ -116,6 +253,10 @@ impl StreamHandler for Echo {
             finished: eof && count == input.len(),
         }
     }
+
+    fn snapshot(&self) -> Vec<u8> {
+        vec![state::PLAIN]
+    }
 }
 
 struct Discard;
@@ -127,6 +268,10 @@ impl StreamHandler for Discard {
             produced: 0,
             finished: eof,
         }
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        vec![state::PLAIN]
     }
 }
 
@@ -144,12 +289,16 @@ struct Chargen {
 impl StreamHandler for Chargen {
     fn advance(&mut self, input: &[u8], _eof: bool, room: &mut [u8]) -> Progress {
         chargen_fill(self.position, room);
-        self.position += room.len() as u64;
+        self.position = self.position.wrapping_add(room.len() as u64);
         Progress {
             consumed: input.len(),
             produced: room.len(),
             finished: false,
         }
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        [&[state::PLAIN], &self.position.to_be_bytes()[..]].concat()
     }
 }
 
@@ -207,6 +356,11 @@ impl StreamHandler for Daytime {
             finished: self.written == self.text.len(),
         }
     }
+
+    fn snapshot(&self) -> Vec<u8> {
+        // 22 bytes of text.
+        [&[state::PLAIN, self.written as u8], &self.text[..]].concat()
+    }
 }
 
 /// RFC 867 leaves the form open; RFC 3339 in UTC is read by everything.
@@ -249,6 +403,95 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// Offers the same input and room to both, and returns what they wrote, which must be the same.
+    fn both(
+        one: &mut dyn StreamHandler,
+        other: &mut dyn StreamHandler,
+        input: &[u8],
+        eof: bool,
+        room: usize,
+    ) -> (Progress, Vec<u8>) {
+        let (mut ours, mut theirs) = (vec![0; room], vec![0; room]);
+        let progress = one.advance(input, eof, &mut ours);
+        assert_eq!(other.advance(input, eof, &mut theirs), progress);
+        assert_eq!(ours[..progress.produced], theirs[..progress.produced]);
+        ours.truncate(progress.produced);
+        (progress, ours)
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_restored_handler_goes_on_alike_wherever_its_snapshot_was_taken(
+            input in proptest::collection::vec(proptest::num::u8::ANY, 0..600),
+            cuts in proptest::collection::vec(1usize..90, 1..8),
+            turns in 0usize..20,
+            backlog in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+        ) {
+            for kind in HandlerKind::ALL {
+                let fresh: [Box<dyn StreamHandler>; 3] = [
+                    kind.stream(),
+                    Box::new(Resumed::new(backlog.clone(), Some(kind.stream()))),
+                    Box::new(Resumed::new(backlog.clone(), None)),
+                ];
+                for mut handler in fresh {
+                    let mut rest = &input[..];
+                    for (turn, &cut) in cuts.iter().cycle().take(turns + 20).enumerate() {
+                        let offered = &rest[..cut.min(rest.len())];
+                        let eof = offered.len() == rest.len();
+                        let mut copy = kind.restore(&handler.snapshot()).unwrap();
+                        let (progress, _) = both(&mut *handler, &mut *copy, offered, eof, cut);
+                        if turn == turns {
+                            // From here on the copy alone.
+                            handler = copy;
+                        }
+                        rest = &rest[progress.consumed..];
+                        if progress.finished {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn a_snapshot_that_no_handler_made_is_refused_without_panic(
+            snapshot in proptest::collection::vec(0u8..4, 0..40),
+        ) {
+            for kind in HandlerKind::ALL {
+                if let Ok(handler) = kind.restore(&snapshot) {
+                    // What is accepted says the same again.
+                    let again = handler.snapshot();
+                    proptest::prop_assert_eq!(kind.restore(&again).unwrap().snapshot(), again);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn snapshots_of_the_wrong_length_or_kind_are_refused() {
+        for (kind, snapshot) in [
+            (HandlerKind::Echo, &[][..]),
+            (HandlerKind::Echo, &[state::PLAIN, 0]),
+            (HandlerKind::Discard, &[9]),
+            (HandlerKind::Chargen, &[state::PLAIN]),
+            (HandlerKind::Chargen, &[state::PLAIN, 0, 0, 0, 0, 0, 0, 0]),
+            (HandlerKind::Daytime, &[state::PLAIN, 2, 0]),
+            (HandlerKind::Echo, &[state::RESUMED, 0, 0, 0, 2, 0]),
+            (HandlerKind::Echo, &[state::RESUMED, 0, 0, 0, 0]),
+        ] {
+            let refused = kind.restore(snapshot).err();
+            assert_eq!(refused, Some(RestoreError { kind }), "{snapshot:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_resumed_again_and_again_is_restored_without_depth() {
+        let mut snapshot = [state::RESUMED, 0, 0, 0, 0].repeat(100_000);
+        snapshot.push(state::PLAIN);
+        let handler = HandlerKind::Echo.restore(&snapshot).unwrap();
+        assert_eq!(handler.snapshot(), [state::PLAIN]);
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //!
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
 //! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
-//! [`guard`] (which of them the ACK gate guards), [`sync`] (what the nodes tell each other about them),
+//! [`guard`] (which of them the ACK gate guards), [`join`] (handing those over that the standby does not
+//! know), [`sync`] (what the nodes tell each other about them),
 //! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
-//! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
+//! [`control`], [`tap`] (how frames reach the standby), [`tcp_repair`] (what a kernel
+//! socket knows), [`link`] (sync channel and ACK gate), [`warm`] (next
 //! hops), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
 pub mod agent;
@@ -23,6 +25,7 @@ pub mod flows;
 pub mod guard;
 pub mod handler;
 pub mod heartbeat;
+pub mod join;
 pub mod link;
 pub mod lockstep;
 pub mod metrics;
@@ -42,5 +45,6 @@ pub mod sync;
 pub mod sys;
 pub mod tail;
 pub mod tap;
+pub mod tcp_repair;
 pub mod warm;
 pub mod wire;

@@ -4,6 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use rfsis_common::ack_gate::{
@@ -15,7 +16,8 @@ use crate::bpf::GuardMaps;
 use crate::flows::{Effects, Flows};
 use crate::guard::{Fact, Guard, GuardEffects};
 use crate::heartbeat::Nanos;
-use crate::metrics::{GuardCondition, Metrics, Protection, SyncReceived, SyncSent};
+use crate::metrics::{GuardCondition, JoinResult, Metrics, Protection, SyncReceived, SyncSent};
+use crate::services::{Connections, Snapshots};
 use crate::shared::Shared;
 use crate::sync::{Channel, MAX_DATAGRAM, Record};
 use crate::sys::RawIpSocket;
@@ -50,6 +52,8 @@ pub struct KernelGuard {
     pub maps: GuardMaps,
     /// Sends past the ACK gate.
     pub socket: RawIpSocket,
+    /// Of which snapshots are asked.
+    pub connections: Arc<Connections>,
     /// Counters.
     pub metrics: Arc<Metrics>,
 }
@@ -94,6 +98,10 @@ impl GuardEffects for KernelGuard {
             self.metrics.shadow_send_failures.inc();
         }
     }
+
+    fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
+        self.connections.ask(flow, join);
+    }
 }
 
 /// This node's end of the sync channel.
@@ -110,6 +118,8 @@ pub struct Link {
     pub gate: KernelGuard,
     /// Connections that open.
     pub openings: RingBuf<MapData>,
+    /// Snapshots of connections that were asked for.
+    pub snapshots: Snapshots,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The peer's session, as last seen.
@@ -132,8 +142,12 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     /// What wakes the thread.
-    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.socket.as_fd(), self.openings.as_fd()]
+    pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [
+            self.socket.as_fd(),
+            self.openings.as_fd(),
+            self.snapshots.fd(),
+        ]
     }
 
     /// When [`Link::run`] is due without a datagram or an opening, ns.
@@ -173,12 +187,21 @@ impl Link {
         if session != self.peer_session {
             self.peer_session = session;
             self.channel.set_peer(session);
-            self.guard.peer_changed(&mut self.gate);
+            self.guard.peer_changed(now, &mut self.gate);
         }
         let epoch = shared.epoch();
         let mut answer = false;
         let mut more = self.take_datagrams(flows, effects, shared, now, &mut answer);
         more |= self.take_openings(now);
+        while let Some(taken) = self.snapshots.take() {
+            self.guard.process_snapshot(
+                taken.flow,
+                taken.join,
+                taken.snapshot,
+                now,
+                &mut self.gate,
+            );
+        }
         if now >= self.guard.next_wakeup() {
             self.guard.poll(now, &mut self.gate);
         }
@@ -189,6 +212,13 @@ impl Link {
         }
         for fact in self.guard.take_facts() {
             self.tell(fact);
+        }
+        for ended in self.guard.take_joins() {
+            self.metrics.late_joins.inc(ended.result);
+            if ended.result == JoinResult::Joined {
+                let took = Duration::from_nanos(ended.took);
+                self.metrics.late_join_duration.observe(took.as_secs_f64());
+            }
         }
         more
     }
@@ -240,7 +270,18 @@ impl Link {
                         self.guard.process_record(&record, now, &mut self.gate);
                         None
                     }
-                    Record::Confirm(_) | Record::Refuse { .. } => {
+                    Record::Offer(ref offer) => {
+                        flows.process_offer(offer, now, effects);
+                        None
+                    }
+                    Record::Part(ref part) => {
+                        flows.process_part(part, now, effects);
+                        None
+                    }
+                    Record::Confirm(_)
+                    | Record::Refuse { .. }
+                    | Record::Got { .. }
+                    | Record::Decline { .. } => {
                         self.guard.process_record(&record, now, &mut self.gate);
                         None
                     }
@@ -301,7 +342,7 @@ impl Link {
             Fact::StandbyForgot { flows } => {
                 tracing::warn!(
                     flows,
-                    "the standby's agent was started anew: the flows that run are unprotected"
+                    "the standby's agent was started anew: the flows that run are unprotected until it has got them"
                 );
             }
         }
@@ -317,6 +358,7 @@ impl Link {
         ] {
             self.metrics.guarded_flows.set(condition, count as f64);
         }
+        self.metrics.late_joins_waiting.set(census.joining as i64);
         let refused = &self.metrics.guard_refused;
         refused.inc_by(census.refused.saturating_sub(refused.get()));
     }

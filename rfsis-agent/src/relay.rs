@@ -151,6 +151,15 @@ impl Relay {
         self.flush(send);
     }
 
+    /// Whether somebody waits for what comes at `now`.
+    pub fn is_open(&self, now: Nanos) -> bool {
+        match self.owner {
+            Owner::Settled => false,
+            Owner::Nobody => true,
+            Owner::Peer { until, .. } => now < until,
+        }
+    }
+
     /// The peer has not taken over, or this node is active again.
     pub fn close(&mut self) {
         self.owner = Owner::Settled;

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
@@ -127,6 +127,83 @@ impl RawIpSocket {
         let to = SockAddr::from(SocketAddrV4::new(Ipv4Addr::from(*destination), 0));
         self.0.send_to(packet, &to).map(drop)
     }
+}
+
+/// `struct tcp_repair_window` (linux/tcp.h): windows as the kernel keeps them, bytes.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct RepairWindow {
+    /// Sequence number of the segment that last changed the peer's window.
+    pub snd_wl1: u32,
+    /// The peer's window, from what it has acknowledged on.
+    pub snd_wnd: u32,
+    /// The largest that it ever was.
+    pub max_window: u32,
+    /// The window that was offered to the peer, from `rcv_wup` on.
+    pub rcv_wnd: u32,
+    /// What was acknowledged to the peer when it was offered.
+    pub rcv_wup: u32,
+}
+
+/// Types of which any bytes are a value, without padding that matters.
+trait Plain: Copy {}
+impl Plain for u32 {}
+impl Plain for RepairWindow {}
+impl Plain for libc::tcp_info {}
+
+fn get_tcp_option<T: Plain>(socket: BorrowedFd<'_>, name: i32) -> io::Result<T> {
+    // SAFETY: all types that are `Plain` consist of integers, for which zero is valid.
+    let mut value: T = unsafe { zeroed() };
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the pointers are to `value` and its length, which outlive the call; the kernel writes
+    // no more bytes than that, and any bytes make a valid `T`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
+}
+
+/// Reads an option of level IPPROTO_TCP that is one number. Errors are those of getsockopt(2).
+pub fn tcp_option(socket: BorrowedFd<'_>, name: i32) -> io::Result<u32> {
+    get_tcp_option(socket, name)
+}
+
+/// TCP_INFO of tcp(7). Errors are those of getsockopt(2).
+pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
+    get_tcp_option(socket, libc::TCP_INFO)
+}
+
+/// TCP_REPAIR_WINDOW, of a socket in repair mode. Errors are those of getsockopt(2).
+pub fn tcp_repair_window(socket: BorrowedFd<'_>) -> io::Result<RepairWindow> {
+    get_tcp_option(socket, libc::TCP_REPAIR_WINDOW)
+}
+
+/// Sets an option of level IPPROTO_TCP that is one number. Errors are those of setsockopt(2); EPERM
+/// without CAP_NET_ADMIN where that is needed.
+pub fn set_tcp_option(socket: BorrowedFd<'_>, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the pointer and the length describe `value`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            name,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Gives the calling thread real-time priority `priority` (1–99, sched(7)).

@@ -70,6 +70,8 @@ pub struct Settings {
     /// How long the standby may be silent before clients no longer wait for it, as the config writes it;
     /// the default if not given. Only with `sync`.
     pub protect_timeout: Option<String>,
+    /// Bound of the shadows; the default if not given.
+    pub max_flows: Option<u32>,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
     /// How long a primary is a ready standby until it asks for the VIP, as the config writes it; never if
@@ -94,6 +96,7 @@ impl Default for Settings {
             native_xdp: true,
             sync: false,
             protect_timeout: None,
+            max_flows: None,
             udp_replay: None,
             preempt: None,
             interval: format!("{}ms", 50 * slowness()),
@@ -122,6 +125,7 @@ impl Settings {
             native_xdp,
             sync,
             protect_timeout,
+            max_flows,
             udp_replay,
             preempt,
             interval,
@@ -152,6 +156,9 @@ impl Settings {
             given("protect_timeout", protect_timeout),
             given("udp_replay", udp_replay),
             given("preempt", preempt),
+            max_flows.map_or_else(String::new, |flows| format!(
+                "shadow: {{ max_flows: {flows} }}\n"
+            )),
         );
         for (handler, number) in [
             ("echo", port::ECHO),

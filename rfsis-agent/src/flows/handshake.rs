@@ -165,6 +165,7 @@ impl Flows {
         };
         self.openings.insert(flow, opening);
         // Whatever is there belongs to an earlier connection of the same ports.
+        self.drop_arrival(&flow);
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
         let first = open.client_isn.wrapping_add(1);
@@ -205,10 +206,13 @@ impl Flows {
         {
             self.forget_opening(flow, fx);
         }
-        if let Some(Flow::Shadow(shadow)) = self.flows.get(&flow)
-            && shadow.handshake().client_isn == client_isn
-            && !self.live
-        {
+        let ended = match self.flows.get(&flow) {
+            Some(Flow::Shadow(shadow)) => shadow.handshake().client_isn == client_isn,
+            // Of these the number is not known.
+            Some(Flow::Unprotected { .. }) => true,
+            None => false,
+        };
+        if ended && !self.live {
             self.remove(flow, fx);
         }
     }
@@ -226,6 +230,7 @@ impl Flows {
     /// What is to be told to the active's ACK gate since the last call.
     pub fn take_confirmations(&mut self, mut tell: impl FnMut(Record)) {
         self.tells.drain(..).for_each(&mut tell);
+        self.take_got(&mut tell);
         let room = self.config.max_bytes.saturating_sub(self.bytes);
         for flow in self.touched.drain(..) {
             if let Some(Flow::Shadow(shadow)) = self.flows.get_mut(&flow) {

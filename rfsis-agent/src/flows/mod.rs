@@ -7,7 +7,7 @@
 //!  SYN ──► opening ──(SYN-ACK of the active)──► opening, in LIVE_FLOWS
 //!                          │
 //!                          └─(client's ACK, or takeover)──► shadow ──► closed, reaped
-//!  segment of an unknown flow from the active ──► unprotected
+//!  segment of an unknown flow from the active ──► unprotected ──(its snapshot)──► shadow
 //! ```
 //!
 //! Nothing is built for a connection before its handshake is complete, so a SYN flood costs an
@@ -16,6 +16,7 @@
 mod handshake;
 #[cfg(test)]
 mod lab;
+mod late;
 #[cfg(test)]
 mod tests;
 
@@ -27,12 +28,13 @@ use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
 use self::handshake::{Habit, Opening, near};
+use self::late::Arrival;
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
-use crate::lockstep::later;
+use crate::lockstep::{before, later};
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
-use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, reset_packet};
+use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, probe_packet, reset_packet};
 use crate::sync::Record;
 use crate::wire::Wire;
 
@@ -108,6 +110,10 @@ enum Flow {
     /// Older than this standby, or beyond a bound. Known so that it can be reset at takeover.
     Unprotected {
         client_ack: Option<u32>,
+        /// Behind what the client has sent.
+        client_next: Option<u32>,
+        /// Behind what the active has sent, as far as is known: it may still be on its way.
+        sent: Option<u32>,
         last_activity: Nanos,
         /// Which sides have closed: it is known for a moment more, for their last segments.
         closed: Closed,
@@ -169,6 +175,10 @@ pub struct Flows {
     out: Vec<Outgoing>,
     flows: HashMap<FlowKey, Flow>,
     openings: HashMap<FlowKey, Opening>,
+    /// Flows whose snapshots are under way, the memory that takes, and of which it came more.
+    arrivals: HashMap<FlowKey, Arrival>,
+    arrival_bytes: usize,
+    got: Vec<FlowKey>,
     opening_order: VecDeque<(FlowKey, u32)>,
     /// How the services' kernel sockets answer, for when a SYN-ACK's copy is lost.
     habits: HashMap<u16, Habit>,
@@ -207,6 +217,9 @@ impl Flows {
             out: Vec::new(),
             flows: HashMap::new(),
             openings: HashMap::new(),
+            arrivals: HashMap::new(),
+            arrival_bytes: 0,
+            got: Vec::new(),
             opening_order: VecDeque::new(),
             habits: HashMap::new(),
             timers: BTreeSet::new(),
@@ -261,6 +274,9 @@ impl Flows {
         if !self.config.services.contains_key(&flow.service_port) {
             return FrameResult::Outside;
         }
+        if !self.arrivals.is_empty() {
+            self.keep_frame(flow, packet, &segment, direction, now);
+        }
         let known = match direction {
             Direction::ToVip => self.process_client(flow, &segment, now, fx),
             Direction::FromVip if self.live => false,
@@ -299,14 +315,17 @@ impl Flows {
         match self.flows.get_mut(&flow) {
             Some(Flow::Unprotected {
                 client_ack,
+                client_next,
                 last_activity,
                 closed,
+                ..
             }) => {
                 // An older ACK that comes late would make for an RST that the client ignores.
                 *client_ack = match (*client_ack, segment.ack) {
                     (Some(known), Some(ack)) => Some(later(known, ack)),
                     (known, ack) => known.or(ack),
                 };
+                *client_next = Some(client_next.map_or(segment.end(), |n| later(n, segment.end())));
                 *last_activity = now;
                 closed.client |= segment.fin;
                 if segment.rst {
@@ -355,10 +374,14 @@ impl Flows {
                 true
             }
             Some(Flow::Unprotected {
+                sent,
+                client_next,
                 last_activity,
                 closed,
                 ..
             }) => {
+                *sent = Some(sent.map_or(segment.end(), |sent| later(sent, segment.end())));
+                *client_next = client_next.or(segment.ack);
                 *last_activity = now;
                 closed.active |= segment.fin;
                 if segment.rst {
@@ -370,6 +393,12 @@ impl Flows {
             None if segment.rst || segment.fin => false,
             None => {
                 self.leave_unprotected(flow, None, now);
+                if let Some(Flow::Unprotected {
+                    sent, client_next, ..
+                }) = self.flows.get_mut(&flow)
+                {
+                    (*sent, *client_next) = (Some(segment.end()), segment.ack);
+                }
                 true
             }
         }
@@ -404,6 +433,8 @@ impl Flows {
                 flow,
                 Flow::Unprotected {
                     client_ack,
+                    client_next: None,
+                    sent: None,
                     last_activity: now,
                     closed: Closed::default(),
                 },
@@ -523,6 +554,7 @@ impl Flows {
     pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
         let now = self.advance(now);
         self.live = true;
+        self.drop_arrivals();
         self.adopt_openings(now, fx);
         let mut report = TakeoverReport::default();
         let mut resets: HashMap<ResetReason, usize> = HashMap::new();
@@ -531,18 +563,36 @@ impl Flows {
         for (&flow, entry) in &mut self.flows {
             match entry {
                 Flow::Unprotected { closed, .. } if closed.both() => {}
-                Flow::Unprotected { client_ack, .. } => {
-                    let packet =
-                        client_ack.map(|ack| reset_packet(flow, self.config.vip, ack, None));
-                    doomed.push((flow, ResetReason::Unprotected, packet));
+                Flow::Unprotected {
+                    client_ack,
+                    client_next,
+                    sent,
+                    ..
+                } => {
+                    // Either number may be the exact one. If none is, the client answers the last packet,
+                    // and the kernel knows from the answer how to reset it.
+                    let vip = self.config.vip;
+                    let beyond =
+                        sent.filter(|sent| client_ack.is_none_or(|ack| before(ack, *sent)));
+                    let numbers = client_ack.iter().copied().chain(beyond);
+                    let resets = numbers.map(|seq| reset_packet(flow, vip, seq, None));
+                    let known = client_ack.or(*sent).zip(*client_next);
+                    let probe = known.map(|(seq, ack)| probe_packet(flow, vip, seq, ack));
+                    let packets = resets.chain(probe).collect();
+                    doomed.push((
+                        flow,
+                        ResetReason::Unprotected,
+                        packets,
+                        client_next.is_some(),
+                    ));
                 }
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
-                    let packet = Some(shadow.reset_packet());
-                    doomed.push((flow, ResetReason::Unprotected, packet));
+                    let packets = vec![shadow.reset_packet()];
+                    doomed.push((flow, ResetReason::Unprotected, packets, true));
                 }
                 Flow::Shadow(shadow) => match shadow.fate() {
-                    Err(reason) => doomed.push((flow, reason, Some(shadow.reset_packet()))),
+                    Err(reason) => doomed.push((flow, reason, vec![shadow.reset_packet()], true)),
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
@@ -560,13 +610,16 @@ impl Flows {
             self.with_shadow(flow, now, fx, Shadow::resume);
         }
         let mut told = Vec::new();
-        for (flow, reason, packet) in doomed {
+        for (flow, reason, packets, heard) in doomed {
             *resets.entry(reason).or_default() += 1;
             // The kernel answers whatever the client sends next: let that pass as well.
             fx.approve(flow);
-            if let Some(packet) = packet {
+            for packet in packets {
                 fx.send(&packet);
-                told.push(packet);
+                // Whoever was never heard may still be opening its connection, and then the kernel has it.
+                if heard {
+                    told.push(packet);
+                }
             }
             self.remove(flow, fx);
         }
@@ -581,6 +634,7 @@ impl Flows {
     /// The node is standby again: what lived here belongs to an epoch that is over.
     pub fn go_standby(&mut self, fx: &mut impl Effects) {
         self.live = false;
+        self.drop_arrivals();
         self.timers.clear();
         self.timer_of.clear();
         self.opening_order.clear();
@@ -642,6 +696,7 @@ impl Flows {
         if now >= self.next_sweep {
             self.next_sweep = now + SECOND;
             self.sweep(now, fx);
+            self.sweep_arrivals(now);
         }
     }
 

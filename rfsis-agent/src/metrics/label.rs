@@ -137,6 +137,18 @@ label! {
 }
 
 label! {
+    /// How the late join of a flow ended.
+    JoinResult {
+        /// The standby has a shadow of it.
+        Joined = "joined",
+        /// The standby did not take it: a bound, or a service that it cannot compute.
+        Declined = "declined",
+        /// Several times it came to nothing.
+        Failed = "failed",
+    }
+}
+
+label! {
     /// The condition of a flow.
     FlowCondition {
         /// Not established yet.

@@ -24,13 +24,16 @@ use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
     DatagramResult, FlowCondition, FrameResult, GuardCondition, HeartbeatReceived, HeartbeatSent,
-    Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
+    JoinResult, Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
 const TAKEOVER_BUCKETS: [f64; 14] = [
     50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1.0,
 ];
+
+/// Bounds of `rfsis_late_join_duration_seconds`, seconds.
+const JOIN_BUCKETS: [f64; 10] = [200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 20e-3, 0.1, 0.5, 2.0, 10.0];
 
 /// One counter for each value of a label.
 #[derive(Clone, Debug)]
@@ -138,6 +141,12 @@ pub struct Metrics {
     pub guarded_flows: Gauges<GuardCondition>,
     /// `rfsis_guard_refused_total`.
     pub guard_refused: IntCounter,
+    /// `rfsis_late_joins_total{result}`.
+    pub late_joins: Counters<JoinResult>,
+    /// `rfsis_late_join_duration_seconds`.
+    pub late_join_duration: Histogram,
+    /// `rfsis_late_joins_waiting`.
+    pub late_joins_waiting: IntGauge,
     /// `rfsis_flows{condition}`.
     pub flows: Gauges<FlowCondition>,
     /// `rfsis_flows_refused_total`.
@@ -252,6 +261,22 @@ impl Metrics {
             guard_refused: family.counter(
                 "rfsis_guard_refused_total",
                 "New flows let go unprotected because the standby did not take them.",
+            )?,
+            late_joins: family.labelled_counters(
+                "rfsis_late_joins_total",
+                "Flows that a standby did not know, by what became of handing them over.",
+                "result",
+            )?,
+            late_join_duration: family.register(Histogram::with_opts(
+                HistogramOpts::new(
+                    "rfsis_late_join_duration_seconds",
+                    "From the standby's word that it does not know a flow to its shadow there.",
+                )
+                .buckets(JOIN_BUCKETS.to_vec()),
+            )?)?,
+            late_joins_waiting: family.integer(
+                "rfsis_late_joins_waiting",
+                "Flows that wait to be handed over to the standby, or are under way.",
             )?,
             flows: family.labelled_gauges("rfsis_flows", "Flows by condition.", "condition")?,
             flows_refused: family.counter(

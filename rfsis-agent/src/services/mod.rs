@@ -8,6 +8,7 @@
 //! - a connection belongs to the epoch in which it was accepted: once the node is not active any more
 //!   the peer carries it on, and the socket here is aborted in silence, behind the closed gate.
 
+mod connections;
 mod datagram;
 mod stream;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use crate::cli::Fatal;
 use crate::config::{Protocol, Service};
 use crate::handler::HandlerKind;
 use crate::metrics::Metrics;
+pub use connections::{Connections, Snapshots, Taken};
 pub(crate) use datagram::LoopSources;
 
 /// `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel socket holds. The
@@ -163,6 +165,7 @@ impl Services {
         self,
         state: watch::Receiver<State>,
         gate: Arc<dyn FlowGate>,
+        connections: Arc<Connections>,
         metrics: Arc<Metrics>,
         cancel: CancellationToken,
     ) {
@@ -184,11 +187,12 @@ impl Services {
         }
         for (bound, listener) in self.streams {
             let acceptor = Acceptor {
-                connections: metrics.connections(&bound.name),
+                accepted: metrics.connections(&bound.name),
                 errors: metrics.accept_errors(&bound.name),
                 bound,
                 state: state.clone(),
                 gate: Arc::clone(&gate),
+                connections: Arc::clone(&connections),
                 tasks: tasks.clone(),
                 cancel: cancel.clone(),
             };
@@ -203,10 +207,11 @@ impl Services {
 /// Accepts the connections of one service.
 struct Acceptor {
     bound: Bound,
-    connections: prometheus::IntCounter,
+    accepted: prometheus::IntCounter,
     errors: prometheus::IntCounter,
     state: watch::Receiver<State>,
     gate: Arc<dyn FlowGate>,
+    connections: Arc<Connections>,
     tasks: TaskTracker,
     cancel: CancellationToken,
 }
@@ -216,7 +221,7 @@ impl Acceptor {
         loop {
             match listener.accept().await {
                 Ok((stream, SocketAddr::V4(client))) => {
-                    self.connections.inc();
+                    self.accepted.inc();
                     self.start(stream, client);
                 }
                 // The listener is IPv4, so this is never reached; dropping is right if it were.
@@ -252,6 +257,7 @@ impl Acceptor {
             stream,
             flow,
             gate: Arc::clone(&self.gate),
+            connections: Arc::clone(&self.connections),
         };
         let epoch = Epoch {
             state: self.state.clone(),

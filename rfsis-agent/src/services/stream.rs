@@ -1,6 +1,7 @@
 //! One TCP connection: a handler between two bounded buffers.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
-use super::{Epoch, FlowGate};
+use super::connections::{Asked, Turn};
+use super::{Connections, Epoch, FlowGate};
 use crate::handler::StreamHandler;
 
 /// Most bytes of the client that wait for the handler, and of the handler that wait for the client.
@@ -26,6 +28,7 @@ pub(super) struct Connection {
     pub stream: TcpStream,
     pub flow: FlowKey,
     pub gate: Arc<dyn FlowGate>,
+    pub connections: Arc<Connections>,
 }
 
 impl Connection {
@@ -39,7 +42,9 @@ impl Connection {
     }
 
     async fn converse(&mut self, handler: &mut dyn StreamHandler) {
-        let outcome = exchange(&self.stream, handler).await;
+        let asked = self.connections.register(self.flow);
+        let outcome = exchange(&self.stream, handler, &asked).await;
+        drop(asked);
         // All that follows may send a FIN or RST: the half-close, and the drop that closes.
         if let Err(error) = self.gate.approve(self.flow) {
             tracing::warn!(flow = ?self.flow, %error, "cannot approve the end of a connection");
@@ -79,7 +84,11 @@ pub(super) fn abort(stream: &TcpStream) {
 }
 
 /// Runs the handler until it has finished and all it wrote is with the kernel.
-async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Result<()> {
+async fn exchange(
+    stream: &TcpStream,
+    handler: &mut dyn StreamHandler,
+    asked: &Asked,
+) -> io::Result<()> {
     let mut input = Buffer::default();
     let mut output = Buffer::default();
     let mut eof = false;
@@ -87,6 +96,13 @@ async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Re
     loop {
         // A fast client could otherwise keep the worker to itself.
         consume_budget().await;
+        asked.answer(&Turn {
+            socket: stream.as_fd(),
+            handler,
+            input: input.bytes(),
+            output: output.bytes(),
+            finished,
+        });
         let mut moved = false;
         while !eof && !finished && !input.is_full() {
             match stream.try_read(input.room()) {
@@ -134,15 +150,23 @@ async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Re
                 (None, None) => return Err(io::Error::other("the handler waits for nothing")),
             };
             // One that only pauses would get its memory anew each time, and the kernel clear it.
-            let ready = tokio::time::timeout(REST, stream.ready(interest));
-            if let Ok(ready) = ready.await {
+            let rest = tokio::time::timeout(REST, ready(stream, interest, asked));
+            if let Ok(ready) = rest.await {
                 ready?;
                 continue;
             }
             input.release();
             output.release();
-            stream.ready(interest).await?;
+            ready(stream, interest, asked).await?;
         }
+    }
+}
+
+/// Returns when the socket may be ready, or somebody asks for a snapshot.
+async fn ready(stream: &TcpStream, interest: Interest, asked: &Asked) -> io::Result<()> {
+    tokio::select! {
+        ready = stream.ready(interest) => ready.map(drop),
+        () = asked.wait() => Ok(()),
     }
 }
 

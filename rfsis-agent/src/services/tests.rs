@@ -1,7 +1,9 @@
 //! Real sockets on loopback. There is no gate here, so what the gate would hold is visible.
 
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -9,6 +11,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::metrics::DatagramResult;
+use crate::sync::Snapshot;
 
 const VIP: Ipv4Addr = Ipv4Addr::LOCALHOST;
 /// Nothing on loopback takes this long unless it hangs.
@@ -39,6 +42,8 @@ struct Lab {
     state: watch::Sender<State>,
     gate: Arc<Recorder>,
     approvals: mpsc::UnboundedReceiver<FlowKey>,
+    connections: Arc<Connections>,
+    snapshots: Snapshots,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
     running: JoinHandle<()>,
@@ -60,12 +65,14 @@ impl Lab {
             revoked: Mutex::default(),
             approvals: sender,
         });
+        let (connections, snapshots) = Connections::new().unwrap();
         let (state, watcher) = watch::channel(state);
         let metrics = Arc::new(Metrics::new("0").unwrap());
         let cancel = CancellationToken::new();
         let running = tokio::spawn(services.run(
             watcher,
             Arc::clone(&gate) as Arc<dyn FlowGate>,
+            Arc::clone(&connections),
             Arc::clone(&metrics),
             cancel.clone(),
         ));
@@ -74,6 +81,8 @@ impl Lab {
             state,
             gate,
             approvals,
+            connections,
+            snapshots,
             metrics,
             cancel,
             running,
@@ -526,4 +535,127 @@ async fn a_bind_error_names_service_address_and_remedy() {
         ..error
     };
     assert_eq!(Fatal::from(denied).exit_code(), 3);
+}
+
+impl Lab {
+    /// The snapshot of a connection, or none.
+    async fn snapshot(&self, flow: FlowKey) -> Option<Snapshot> {
+        self.connections.ask(flow, 7);
+        loop {
+            let woken = self.snapshots.fd().try_clone_to_owned().unwrap();
+            let woken = tokio::task::spawn_blocking(move || {
+                let mut fds = [PollFd::new(woken.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap()
+            });
+            assert_eq!(woken.await.unwrap(), 1, "nobody answers");
+            self.snapshots.calm();
+            if let Some(taken) = self.snapshots.take() {
+                assert_eq!((taken.flow, taken.join), (flow, 7));
+                return taken.snapshot;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_of_an_idle_connection_has_its_numbers_and_nothing_else() {
+    let lab = Lab::active(HandlerKind::Echo);
+    let mut client = lab.connect().await;
+    let flow = lab.flow(&client);
+    client.write_all(b"twelve bytes").await.unwrap();
+    assert_eq!(read_some(&mut client, 12).await, b"twelve bytes");
+    let first = lab.snapshot(flow).await.unwrap();
+    assert!(first.input.is_empty() && first.output.is_empty() && !first.fin);
+    assert_eq!(first.next, first.ack);
+    assert_eq!(first.handler, HandlerKind::Echo.stream().snapshot());
+    assert_eq!(Snapshot::parse(&first.to_bytes()).unwrap(), first);
+    client.write_all(b"three").await.unwrap();
+    read_some(&mut client, 5).await;
+    let second = lab.snapshot(flow).await.unwrap();
+    assert_eq!(second.next.wrapping_sub(first.next), 5);
+    let written = second
+        .unacknowledged
+        .wrapping_add(second.output.len() as u32);
+    assert_eq!(written.wrapping_sub(first.unacknowledged), 5);
+    drop(client);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_of_a_blocked_connection_has_every_byte_on_either_way() {
+    let mut lab = Lab::active(HandlerKind::Echo);
+    let client = lab.connect().await;
+    let flow = lab.flow(&client);
+    // Until it is accepted there is nobody to ask.
+    let before = loop {
+        if let Some(snapshot) = lab.snapshot(flow).await {
+            break snapshot;
+        }
+    };
+    // It reads nothing: all buffers fill up.
+    let stream: Vec<u8> = (0..16 << 20).map(|at: u32| (at ^ at >> 8) as u8).collect();
+    let mut sent = 0;
+    let full = Duration::from_millis(300);
+    while let Ok(ready) = timeout(full, client.writable()).await {
+        ready.unwrap();
+        if let Ok(count) = client.try_write(&stream[sent..]) {
+            sent += count;
+        }
+    }
+    assert!(sent < stream.len());
+    let snapshot = lab.snapshot(flow).await.unwrap();
+    let taken = snapshot.next.wrapping_sub(before.next) as usize;
+    let unread = snapshot.input.len();
+    assert!(unread > BUFFER && snapshot.output.len() > BUFFER);
+    assert_eq!(snapshot.input, stream[taken..taken + unread]);
+    // What echo has taken it has written.
+    let acknowledged = taken - snapshot.output.len();
+    assert_eq!(snapshot.output, stream[acknowledged..taken]);
+    let gone = snapshot.unacknowledged.wrapping_sub(before.unacknowledged);
+    assert_eq!(gone as usize, acknowledged);
+    // And it goes on.
+    let (mut reading, mut writing) = client.into_split();
+    let rest = stream.clone();
+    let writer = tokio::spawn(async move {
+        writing.write_all(&rest[sent..]).await.unwrap();
+        writing.shutdown().await.unwrap();
+    });
+    let mut echoed = Vec::new();
+    timeout(PATIENCE, reading.read_to_end(&mut echoed))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(echoed == stream);
+    writer.await.unwrap();
+    lab.next_approval().await;
+    lab.stop().await;
+}
+
+/// What the handler's own buffers hold, bytes.
+const BUFFER: usize = 64 * 1024;
+
+#[tokio::test]
+async fn a_half_closed_connection_says_so_and_one_that_is_not_there_says_nothing() {
+    let lab = Lab::active(HandlerKind::Chargen);
+    let mut client = lab.connect().await;
+    let flow = lab.flow(&client);
+    client.shutdown().await.unwrap();
+    read_some(&mut client, 100_000).await;
+    let snapshot = loop {
+        let snapshot = lab.snapshot(flow).await.unwrap();
+        if snapshot.fin {
+            break snapshot;
+        }
+    };
+    assert_eq!(snapshot.ack, snapshot.next.wrapping_add(1));
+    assert!(!snapshot.output.is_empty());
+    let other = FlowKey {
+        client_port: 1,
+        ..flow
+    };
+    assert_eq!(lab.snapshot(other).await, None);
+    drop(client);
+    // Its entry goes with it.
+    while lab.snapshot(flow).await.is_some() {}
+    lab.stop().await;
 }

@@ -119,7 +119,8 @@ impl Shadow {
     fn take_timestamp(&mut self, segment: &Segment<'_>) {
         if let Some((tsval, _)) = segment.options.timestamp
             && !before(self.expected(), segment.seq)
-            && !before(tsval, self.client_tsval)
+            // 0 where a late join did not know one.
+            && (self.client_tsval == 0 || !before(tsval, self.client_tsval))
         {
             self.client_tsval = tsval;
         }

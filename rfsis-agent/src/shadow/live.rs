@@ -11,7 +11,7 @@ use smoltcp::wire::{
     IpAddress, Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, TcpTimestampRepr,
 };
 
-use super::{BUFFER, Context, Outgoing, REORDER_LIMIT, Shadow, Source, tcp_edge};
+use super::{BUFFER, Context, FAR, Outgoing, REORDER_LIMIT, Shadow, Source, tcp_edge};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, distance, later, window_field};
 use crate::metrics::ResetReason;
@@ -231,6 +231,20 @@ impl Shadow {
         let seq = self.ahead.or(self.claimed).unwrap_or(self.una);
         reset_packet(self.flow, self.vip, seq, Some(self.held_next()))
     }
+}
+
+/// A segment from long before `seq`: the client looks no further, and answers with what it expects (RFC 9293
+/// section 3.10.7.4).
+pub fn probe_packet(flow: FlowKey, vip: Ipv4Addr, seq: u32, ack: u32) -> Vec<u8> {
+    let repr = TcpRepr {
+        seq_number: TcpSeqNumber(seq.wrapping_sub(FAR as u32) as i32),
+        ack_number: Some(TcpSeqNumber(ack as i32)),
+        ..bare_repr(flow.service_port, flow.client_port, TcpControl::None)
+    };
+    let mut bytes = Vec::new();
+    let to = Ipv4Addr::from(flow.client_addr);
+    emit_packet(&mut bytes, vip, to, &repr, &ChecksumCapabilities::default());
+    bytes
 }
 
 /// An RST (with ACK, if there is a number for it) from the VIP to the client of a flow.

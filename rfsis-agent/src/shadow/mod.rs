@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Read `client.rs` (what the client sent), `active.rs` (what the active sent), `live.rs` (what a live
-//! shadow says); here is what they share: the numbers, and the edge to smoltcp.
+//! shadow says), `restored.rs` (one that begins in the middle); here is what they share: the numbers, and the edge to smoltcp.
 //!
 //! While standby only smoltcp's ingress runs, never its egress or timers: nothing counts as sent,
 //! so nothing backs off, and the first thing after a takeover is everything unacknowledged.
@@ -23,6 +23,7 @@
 mod active;
 mod client;
 mod live;
+mod restored;
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
@@ -45,7 +46,7 @@ use crate::sync::{Confirm, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
-pub use live::reset_packet;
+pub use live::{probe_packet, reset_packet};
 
 /// Receive and send buffer of a shadow, bytes. One byte short of 64 KiB, so that smoltcp's own
 /// window shift is 0. The pages are touched only when used.
@@ -149,6 +150,8 @@ pub struct Shadow {
     socket: SocketHandle,
     kind: HandlerKind,
     source: Source,
+    /// The late join that it came by.
+    joined: Option<u32>,
 
     // What the client sent. Offsets count bytes of its stream.
     taken: u64,
@@ -321,6 +324,7 @@ impl Shadow {
             socket: handle,
             kind,
             source,
+            joined: None,
             taken: 0,
             held: 0,
             fin_at: None,

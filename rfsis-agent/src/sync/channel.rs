@@ -338,7 +338,7 @@ mod tests {
 
     fn seal(channel: &mut Channel, epoch: u64, ping: bool, records: &[Record]) -> Vec<Vec<u8>> {
         let mut datagrams = Vec::new();
-        channel.seal(epoch, ping, records.iter().copied(), |datagram| {
+        channel.seal(epoch, ping, records.iter().cloned(), |datagram| {
             datagrams.push(datagram.to_vec());
         });
         datagrams
@@ -551,7 +551,7 @@ mod tests {
             flow: crate::segment::flow_key(A, 1, 2),
             client_isn: 3,
         };
-        let datagram = &seal(&mut a(), EPOCH, false, &[close])[0];
+        let datagram = &seal(&mut a(), EPOCH, false, std::slice::from_ref(&close))[0];
         let mut receiver = b();
         for (offset, field) in [
             (5, "flags or reserved bytes"),

@@ -1,14 +1,16 @@
 //! The sync channel: what the two nodes tell each other about flows (`docs/protocol.md`).
 //!
-//! No I/O here: [`channel`] makes and judges datagrams, [`record`] is what stands in them, and [`replay`]
-//! remembers which of them came already.
+//! No I/O here: [`channel`] makes and judges datagrams, [`record`] is what stands in them, [`snapshot`] is
+//! what a late join sends in parts, and [`replay`] remembers which datagrams came already.
 
 pub mod channel;
 pub mod record;
 pub mod replay;
+pub mod snapshot;
 
 pub use channel::{Channel, MAX_DATAGRAM, Opened, SyncError};
-pub use record::{Confirm, Open, Record, RecordError, Records, Sack};
+pub use record::{Confirm, MAX_PART_LEN, Offer, Open, Part, Record, RecordError, Records, Sack};
+pub use snapshot::{MAX_SNAPSHOT, Snapshot};
 
 /// Takes big-endian fields from the front of bytes.
 struct Reader<'a>(&'a [u8]);

@@ -5,7 +5,7 @@
 
 use rfsis_common::maps::FlowKey;
 
-use super::{Cut, Reader};
+use super::{Cut, MAX_SNAPSHOT, Reader};
 use crate::segment::Options;
 
 /// Bytes of type and length in front of each value.
@@ -13,11 +13,13 @@ const HEADER_LEN: usize = 2;
 /// Bytes of flow and client's number, with which each value begins.
 const FLOW_LEN: usize = 12;
 /// Bytes of the options of one side.
-const OPTIONS_LEN: usize = 12;
+pub(super) const OPTIONS_LEN: usize = 12;
 /// Bytes of a SACK block.
 const BLOCK_LEN: usize = 8;
 /// Bytes of the longest record.
-pub const MAX_RECORD_LEN: usize = HEADER_LEN + FLOW_LEN + 8 + Sack::MAX * BLOCK_LEN;
+pub const MAX_RECORD_LEN: usize = HEADER_LEN + u8::MAX as usize;
+/// Most bytes of a snapshot in one record.
+pub const MAX_PART_LEN: usize = u8::MAX as usize - FLOW_LEN - 8;
 
 /// Types of records.
 mod kind {
@@ -26,11 +28,15 @@ mod kind {
     pub const REFUSE: u8 = 3;
     pub const CLOSE: u8 = 4;
     pub const TOLD: u8 = 5;
+    pub const OFFER: u8 = 6;
+    pub const PART: u8 = 7;
+    pub const GOT: u8 = 8;
+    pub const DECLINE: u8 = 9;
 }
 
 /// What one node tells the other about a flow. `client_isn` tells the connection from others of the
-/// same ports, before and after it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// same ports, before and after it; `join` one late join from those before and after it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// Active to standby: a connection that the active is about to accept.
     Open(Open),
@@ -59,6 +65,54 @@ pub enum Record {
         /// The acknowledgement that the client saw.
         ack: u32,
     },
+    /// Active to standby: a flow that the standby does not know; a snapshot of it is to be had.
+    Offer(Offer),
+    /// Active to standby: bytes of a snapshot.
+    Part(Part),
+    /// Standby to active: it keeps the flow's frames, and holds the first `next` bytes of the snapshot.
+    Got {
+        /// The flow.
+        flow: FlowKey,
+        /// Number of the late join.
+        join: u32,
+        /// Bytes. All: the flow is restored.
+        next: u32,
+    },
+    /// Standby to active: it has no use for the snapshot.
+    Decline {
+        /// The flow.
+        flow: FlowKey,
+        /// Number of the late join.
+        join: u32,
+    },
+}
+
+/// A flow that the standby does not know, or of which it lacks something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The flow.
+    pub flow: FlowKey,
+    /// Number of the late join.
+    pub join: u32,
+    /// By which the active has told the connection from others until now.
+    pub client_isn: u32,
+    /// Behind the last sequence number that the active sent.
+    pub next: u32,
+}
+
+/// A piece of a flow's snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The flow.
+    pub flow: FlowKey,
+    /// Number of the late join.
+    pub join: u32,
+    /// Bytes of the whole snapshot, at most [`MAX_SNAPSHOT`].
+    pub total: u32,
+    /// Where these begin.
+    pub offset: u32,
+    /// One to [`MAX_PART_LEN`] bytes, that lie within the whole.
+    pub bytes: Box<[u8]>,
 }
 
 /// A handshake, as the active holds its SYN-ACK.
@@ -145,15 +199,17 @@ impl Record {
         let rest = match self {
             Record::Open(_) => 4 + 2 + 2 * OPTIONS_LEN,
             Record::Confirm(confirm) => 8 + confirm.sack.blocks().len() * BLOCK_LEN,
-            Record::Refuse { .. } | Record::Close { .. } => 0,
-            Record::Told { .. } => 4,
+            Record::Refuse { .. } | Record::Close { .. } | Record::Decline { .. } => 0,
+            Record::Told { .. } | Record::Got { .. } => 4,
+            Record::Offer(_) => 8,
+            Record::Part(part) => 8 + part.bytes.len(),
         };
         HEADER_LEN + FLOW_LEN + rest
     }
 
     /// Appends the record to a datagram.
     pub fn emit(&self, out: &mut Vec<u8>) {
-        let (kind, flow, client_isn) = match *self {
+        let (kind, flow, number) = match *self {
             Record::Open(Open {
                 flow, client_isn, ..
             }) => (kind::OPEN, flow, client_isn),
@@ -165,12 +221,16 @@ impl Record {
             Record::Told {
                 flow, client_isn, ..
             } => (kind::TOLD, flow, client_isn),
+            Record::Offer(Offer { flow, join, .. }) => (kind::OFFER, flow, join),
+            Record::Part(Part { flow, join, .. }) => (kind::PART, flow, join),
+            Record::Got { flow, join, .. } => (kind::GOT, flow, join),
+            Record::Decline { flow, join } => (kind::DECLINE, flow, join),
         };
         out.extend([kind, (self.wire_len() - HEADER_LEN) as u8]);
         out.extend(flow.client_addr.to_be_bytes());
         out.extend(flow.client_port.to_be_bytes());
         out.extend(flow.service_port.to_be_bytes());
-        out.extend(client_isn.to_be_bytes());
+        out.extend(number.to_be_bytes());
         match self {
             Record::Open(open) => {
                 out.extend(open.active_isn.to_be_bytes());
@@ -186,8 +246,18 @@ impl Record {
                     out.extend(right.to_be_bytes());
                 }
             }
-            Record::Refuse { .. } | Record::Close { .. } => {}
+            Record::Refuse { .. } | Record::Close { .. } | Record::Decline { .. } => {}
             Record::Told { ack, .. } => out.extend(ack.to_be_bytes()),
+            Record::Offer(offer) => {
+                out.extend(offer.client_isn.to_be_bytes());
+                out.extend(offer.next.to_be_bytes());
+            }
+            Record::Got { next, .. } => out.extend(next.to_be_bytes()),
+            Record::Part(part) => {
+                out.extend(part.total.to_be_bytes());
+                out.extend(part.offset.to_be_bytes());
+                out.extend(&part.bytes);
+            }
         }
     }
 
@@ -195,7 +265,7 @@ impl Record {
     fn take(datagram: &mut Reader<'_>) -> Result<Option<Record>, RecordError> {
         let [kind, len] = datagram.array()?;
         let mut value = Reader(datagram.slice(usize::from(len))?);
-        if !(kind::OPEN..=kind::TOLD).contains(&kind) {
+        if !(kind::OPEN..=kind::DECLINE).contains(&kind) {
             return Ok(None);
         }
         let flow = FlowKey {
@@ -203,7 +273,8 @@ impl Record {
             client_port: value.u16()?,
             service_port: value.u16()?,
         };
-        let client_isn = value.u32()?;
+        let number = value.u32()?;
+        let client_isn = number;
         let record = match kind {
             kind::OPEN => Record::Open(Open {
                 flow,
@@ -222,11 +293,24 @@ impl Record {
             }),
             kind::REFUSE => Record::Refuse { flow, client_isn },
             kind::CLOSE => Record::Close { flow, client_isn },
-            _ => Record::Told {
+            kind::TOLD => Record::Told {
                 flow,
                 client_isn,
                 ack: value.u32()?,
             },
+            kind::OFFER => Record::Offer(Offer {
+                flow,
+                join: number,
+                client_isn: value.u32()?,
+                next: value.u32()?,
+            }),
+            kind::PART => Record::Part(take_part(&mut value, flow, number)?),
+            kind::GOT => Record::Got {
+                flow,
+                join: number,
+                next: value.u32()?,
+            },
+            _ => Record::Decline { flow, join: number },
         };
         if value.0.is_empty() {
             Ok(Some(record))
@@ -284,6 +368,26 @@ impl Iterator for Records<'_> {
     }
 }
 
+fn take_part(value: &mut Reader<'_>, flow: FlowKey, join: u32) -> Result<Part, RecordError> {
+    let part = Part {
+        flow,
+        join,
+        total: value.u32()?,
+        offset: value.u32()?,
+        bytes: std::mem::take(&mut value.0).into(),
+    };
+    let whole = part.total as usize;
+    let end = (part.offset as usize).checked_add(part.bytes.len());
+    let lies_within = end.is_some_and(|end| end <= whole) && whole <= MAX_SNAPSHOT;
+    if lies_within && !part.bytes.is_empty() {
+        Ok(part)
+    } else {
+        Err(RecordError {
+            field: "part of a snapshot",
+        })
+    }
+}
+
 fn take_sack(value: &mut Reader<'_>) -> Result<Sack, RecordError> {
     let mut sack = Sack::default();
     for place in &mut sack.blocks {
@@ -304,7 +408,7 @@ mod present {
     pub const TIMESTAMP: u8 = 8;
 }
 
-fn options_to_bytes(options: &Options) -> [u8; OPTIONS_LEN] {
+pub(super) fn options_to_bytes(options: &Options) -> [u8; OPTIONS_LEN] {
     let present = [
         (options.mss.is_some(), present::MSS),
         (options.window_scale.is_some(), present::WINDOW_SCALE),
@@ -325,7 +429,7 @@ fn options_to_bytes(options: &Options) -> [u8; OPTIONS_LEN] {
     bytes
 }
 
-fn options_from_bytes(bytes: [u8; OPTIONS_LEN]) -> Result<Options, RecordError> {
+pub(super) fn options_from_bytes(bytes: [u8; OPTIONS_LEN]) -> Result<Options, RecordError> {
     let [present, shift, m0, m1, v0, v1, v2, v3, e0, e1, e2, e3] = bytes;
     let has = |bit| present & bit != 0;
     let timestamp = (
@@ -412,7 +516,34 @@ pub(super) mod tests {
             },
         );
         let one = || (flows(), any::<u32>());
+        let parts = (
+            one(),
+            1..=MAX_PART_LEN,
+            any::<(prop::sample::Index, u32, u8)>(),
+        )
+            .prop_map(|((flow, join), len, (offset, rest, byte))| {
+                let offset = offset.index(MAX_SNAPSHOT - len) as u32;
+                let end = offset + len as u32;
+                Record::Part(Part {
+                    flow,
+                    join,
+                    total: end + rest % (MAX_SNAPSHOT as u32 - end + 1),
+                    offset,
+                    bytes: vec![byte; len].into(),
+                })
+            });
         prop_oneof![
+            parts,
+            (one(), any::<(u32, u32)>()).prop_map(|((flow, join), (client_isn, next))| {
+                Record::Offer(Offer {
+                    flow,
+                    join,
+                    client_isn,
+                    next,
+                })
+            }),
+            (one(), any::<u32>()).prop_map(|((flow, join), next)| Record::Got { flow, join, next }),
+            one().prop_map(|(flow, join)| Record::Decline { flow, join }),
             opens,
             confirms,
             one().prop_map(|(flow, client_isn)| Record::Refuse { flow, client_isn }),
@@ -475,17 +606,18 @@ pub(super) mod tests {
         fn a_record_cut_anywhere_is_refused(record in records()) {
             let bytes = emit(&[record]);
             for len in 1..bytes.len() {
-                prop_assert_eq!(parse(&bytes[..len]), Err(RecordError { field: "record length" }));
+                let cut = RecordError { field: "record length" };
+                prop_assert_eq!(parse(&bytes[..len]), Err(cut));
             }
         }
 
         /// A later version may add types, and an older reader still finds its own.
         #[test]
         fn unknown_types_are_stepped_over_and_counted(
-            known in records(), kind in 6u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
+            known in records(), kind in 10u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
         ) {
             let unknown = [&[kind, value.len() as u8][..], &value].concat();
-            let bytes = [&unknown[..], &emit(&[known]), &unknown].concat();
+            let bytes = [&unknown[..], &emit(std::slice::from_ref(&known)), &unknown].concat();
             prop_assert_eq!(Records::parse(&bytes).map(|records| records.skipped()), Ok(2));
             prop_assert_eq!(parse(&bytes), Ok(vec![known]));
         }
@@ -517,7 +649,36 @@ pub(super) mod tests {
                 ..Options::default()
             },
         });
-        let values: [(Record, u8, &[u8]); 5] = [
+        let (flow, join) = (FLOW, 9);
+        let part = Record::Part(Part {
+            flow,
+            join,
+            total: 0x0102,
+            offset: 3,
+            bytes: [7, 8].into(),
+        });
+        let values: [(Record, u8, &[u8]); 9] = [
+            (
+                Record::Offer(Offer {
+                    flow,
+                    join,
+                    client_isn: 2,
+                    next: 1,
+                }),
+                6,
+                &[0, 0, 0, 2, 0, 0, 0, 1],
+            ),
+            (part, 7, &[0, 0, 1, 2, 0, 0, 0, 3, 7, 8]),
+            (
+                Record::Got {
+                    flow,
+                    join,
+                    next: 1,
+                },
+                8,
+                &[0, 0, 0, 1],
+            ),
+            (Record::Decline { flow, join }, 9, &[]),
             (
                 open,
                 1,
@@ -569,7 +730,8 @@ pub(super) mod tests {
         for (record, kind, value) in values {
             let header = [kind, (flow_and_isn.len() + value.len()) as u8];
             let expected = [&header[..], &flow_and_isn, value].concat();
-            assert_eq!(emit(&[record]), expected, "{record:?}");
+            let described = format!("{record:?}");
+            assert_eq!(emit(&[record]), expected, "{described}");
         }
     }
 
@@ -591,6 +753,34 @@ pub(super) mod tests {
         }
         let many: Sack = (0..9).map(|i| (i, i + 1)).collect();
         assert_eq!(many.blocks(), [(0, 1), (1, 2), (2, 3), (3, 4)]);
+    }
+
+    #[test]
+    fn parts_that_do_not_lie_within_a_snapshot_are_refused() {
+        let most = MAX_SNAPSHOT as u32;
+        for (total, offset, len, ok) in [
+            (1, 0, 1, true),
+            (most, most - 9, 9, true),
+            (1, 0, 0, false),
+            (1, 1, 1, false),
+            (most + 1, 0, 1, false),
+            (most, u32::MAX, 9, false),
+        ] {
+            let bytes = emit(&[Record::Part(Part {
+                flow: FLOW,
+                join: 1,
+                total,
+                offset,
+                bytes: vec![1; len].into(),
+            })]);
+            let field = "part of a snapshot";
+            let parsed = parse(&bytes);
+            if ok {
+                assert!(parsed.is_ok(), "{total} {offset} {len}");
+            } else {
+                assert_eq!(parsed, Err(RecordError { field }), "{total} {offset} {len}");
+            }
+        }
     }
 
     #[test]

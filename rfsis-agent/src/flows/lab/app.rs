@@ -8,16 +8,29 @@ pub(super) struct Server {
     pub(super) handler: Box<dyn StreamHandler>,
     pub(super) input: Vec<u8>,
     pub(super) done: bool,
+    /// Bytes of the client that the handler has taken, and all that it wrote.
+    pub(super) taken: u64,
+    pub(super) wrote: Vec<u8>,
 }
 
 impl Server {
-    /// Drives the handler as far as it goes; says what it wrote.
-    pub(super) fn run(&mut self, host: &mut Host) -> Vec<u8> {
+    pub(super) fn new(handle: SocketHandle, handler: Box<dyn StreamHandler>) -> Self {
+        Self {
+            handle,
+            handler,
+            input: vec![],
+            done: false,
+            taken: 0,
+            wrote: vec![],
+        }
+    }
+
+    /// Drives the handler as far as it goes.
+    pub(super) fn run(&mut self, host: &mut Host) {
         let socket = host.socket(self.handle);
-        let mut wrote = Vec::new();
         if !socket.may_send() || self.done {
             let _ = socket.recv(|data| (data.len(), ()));
-            return wrote;
+            return;
         }
         loop {
             if self.input.len() < 16 * 1024 && socket.can_recv() {
@@ -28,7 +41,7 @@ impl Server {
                 });
             }
             let eof = !socket.may_recv() && socket.recv_queue() == 0;
-            let (handler, input) = (&mut self.handler, &self.input);
+            let (handler, input, wrote) = (&mut self.handler, &self.input, &mut self.wrote);
             let progress = socket
                 .send(|room| {
                     let progress = handler.advance(input, eof, room);
@@ -37,13 +50,14 @@ impl Server {
                 })
                 .unwrap_or_default();
             self.input.drain(..progress.consumed);
+            self.taken += progress.consumed as u64;
             if progress.finished {
                 socket.close();
                 self.done = true;
-                return wrote;
+                return;
             }
             if progress.consumed == 0 && progress.produced == 0 {
-                return wrote;
+                return;
             }
         }
     }

@@ -9,7 +9,8 @@ use rfsis_common::frame::tcp_flags;
 
 use super::*;
 use crate::guard::{Guard, GuardConfig, GuardEffects};
-use crate::sync::Record;
+use crate::segment::Options;
+use crate::sync::{Record, Snapshot};
 
 const SLOTS: usize = 64;
 
@@ -22,6 +23,8 @@ pub struct Maps {
     sent: Vec<Sent>,
     now: Nanos,
     released: Vec<Vec<u8>>,
+    /// Flows of which a snapshot is asked for.
+    wanted: Vec<(FlowKey, u32)>,
 }
 
 impl GuardEffects for Maps {
@@ -63,6 +66,10 @@ impl GuardEffects for Maps {
         }
         self.released.push(packet.to_vec());
     }
+
+    fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
+        self.wanted.push((flow, join));
+    }
 }
 
 /// A datagram of the sync channel: when it arrives, for whom, whether an answer is wanted, what it says.
@@ -85,6 +92,8 @@ pub struct Gate {
     /// Datagrams of the sync channel that are lost, per mille.
     pub sync_loss: u64,
     pub silent_standby: bool,
+    /// The active's connections tell nothing of themselves.
+    pub no_snapshots: bool,
 }
 
 impl Gate {
@@ -108,6 +117,7 @@ impl Gate {
             verdicts: [0; 3],
             sync_loss: 0,
             silent_standby: false,
+            no_snapshots: false,
         }
     }
 
@@ -223,10 +233,14 @@ impl Lab {
         };
         self.flows = Flows::new(config).unwrap();
         self.world.live.clear();
+        self.tap_waiting = None;
+        for track in self.world.tracks.values_mut() {
+            track.forget_shown();
+        }
         if let Some(gate) = &mut self.gate {
             gate.maps.now = now;
             gate.channel.clear();
-            gate.guard.peer_changed(&mut gate.maps);
+            gate.guard.peer_changed(now, &mut gate.maps);
         }
         self.run_gate();
     }
@@ -238,6 +252,10 @@ impl Lab {
             return self.post(packet, Direction2::FromVip);
         };
         gate.maps.now = now;
+        let (flow, segment) = parse(&packet, Direction::FromVip).unwrap();
+        if let Some(track) = self.world.tracks.get_mut(&flow) {
+            track.kernel_says(&segment);
+        }
         if let Some(packet) = gate.leave(&packet) {
             self.check_told(&packet);
             self.post(packet, Direction2::FromVip);
@@ -326,6 +344,7 @@ impl Lab {
             }
             let mut records = vec![];
             let ping = gate.guard.take_records(&mut records);
+            let wanted = std::mem::take(&mut gate.maps.wanted);
             let released = std::mem::take(&mut gate.maps.released);
             let due = gate.channel.iter().position(|d| d.at <= now);
             let datagram = due.and_then(|at| gate.channel.remove(at));
@@ -335,6 +354,9 @@ impl Lab {
             }
             if ping || !records.is_empty() {
                 self.send_datagram(true, ping, records);
+            }
+            for (flow, join) in wanted {
+                self.tell_snapshot(flow, join);
             }
             match datagram {
                 None => return,
@@ -360,8 +382,78 @@ impl Lab {
         }
     }
 
+    /// The connection's server tells what it is about, at once.
+    fn tell_snapshot(&mut self, flow: FlowKey, join: u32) {
+        let snapshot = self.snapshot(flow);
+        let now = self.now;
+        let Some(gate) = &mut self.gate else {
+            return;
+        };
+        let snapshot = snapshot.filter(|_| !gate.no_snapshots);
+        if let Some(track) = self.world.tracks.get_mut(&flow) {
+            track.offered = snapshot.clone();
+        }
+        gate.guard
+            .process_snapshot(flow, join, snapshot, now, &mut gate.maps);
+    }
+
+    /// What the active's kernel and its server know of a connection.
+    pub fn snapshot(&mut self, flow: FlowKey) -> Option<Snapshot> {
+        let track = self.world.tracks.get(&flow)?;
+        let active = self.active.as_mut()?;
+        let remote = Some((CLIENT, flow.client_port).into());
+        let server = self
+            .servers
+            .iter()
+            .rfind(|server| active.socket(server.handle).remote_endpoint() == remote)?;
+        let socket = active.socket(server.handle);
+        if !socket.may_send() || server.done {
+            return None;
+        }
+        let mut waiting = vec![0; socket.recv_queue()];
+        socket.peek_slice(&mut waiting).unwrap();
+        let input = [&server.input[..], &waiting].concat();
+        let next = track.client_isn.wrapping_add(1 + server.taken as u32);
+        let fin = socket.state() == State::CloseWait;
+        let ack = next.wrapping_add(input.len() as u32 + u32::from(fin));
+        let una = track.una?;
+        let acknowledged = distance(track.active_isn.wrapping_add(1), una) as usize;
+        let stamp = |ticks: fn() -> u32| track.timestamps.then(|| (ticks(), 0));
+        Some(Snapshot {
+            next,
+            ack,
+            edge: later(track.kernel_edge, ack),
+            unacknowledged: una,
+            sent: 0,
+            window: distance(una, track.client_edge).max(0) as u32,
+            client: Options {
+                mss: Some(track.mss as u16),
+                window_scale: track.client_shift.filter(|_| track.scaled),
+                sack_permitted: track.sack,
+                timestamp: stamp(client_ticks),
+            },
+            active: Options {
+                mss: Some(1460),
+                window_scale: track.scaled.then_some(track.shift),
+                sack_permitted: track.sack,
+                timestamp: stamp(active_ticks),
+            },
+            fin,
+            handler: server.handler.snapshot(),
+            input,
+            output: server.wrote.get(acknowledged..)?.to_vec(),
+        })
+    }
+
     fn standby_hears(&mut self, record: &Record) {
         let now = self.now;
+        if let Record::Offer(offer) = record
+            && let Some(track) = self.world.tracks.get_mut(&offer.flow)
+            && track.arriving.replace(offer.join) != Some(offer.join)
+        {
+            // For the judge: it begins anew.
+            track.forget_shown();
+        }
         let refused = match *record {
             Record::Open(open) if !self.flows.process_open(&open, now, &mut self.world) => {
                 Some((open.flow, open.client_isn))
@@ -375,10 +467,33 @@ impl Lab {
                 self.flows.process_close(flow, client_isn, &mut self.world);
                 None
             }
+            Record::Offer(ref offer) => {
+                self.flows.process_offer(offer, now, &mut self.world);
+                None
+            }
+            Record::Part(ref part) => {
+                self.flows.process_part(part, now, &mut self.world);
+                self.judge_restored(part.flow);
+                None
+            }
             _ => None,
         };
         if let Some((flow, client_isn)) = refused {
             self.send_datagram(false, false, vec![Record::Refuse { flow, client_isn }]);
+        }
+    }
+
+    /// A shadow that was made of a snapshot holds what that says.
+    fn judge_restored(&mut self, flow: FlowKey) {
+        let Some(Flow::Shadow(shadow)) = self.flows.flows.get(&flow) else {
+            return;
+        };
+        if let Some(track) = self.world.tracks.get_mut(&flow)
+            && let Some(snapshot) = track
+                .offered
+                .take_if(|snapshot| snapshot.client_isn() == shadow.handshake().client_isn)
+        {
+            track.show_snapshot(&snapshot);
         }
     }
 }

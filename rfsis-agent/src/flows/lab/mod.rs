@@ -22,7 +22,7 @@ use smoltcp::wire::{
     HardwareAddress, IpAddress, IpCidr, Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
-use super::{Effects, Flows, FlowsConfig, TakeoverReport};
+use super::{Effects, Flow, Flows, FlowsConfig, TakeoverReport};
 use crate::handler::{HandlerKind, StreamHandler, chargen_fill};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, distance, later};
@@ -223,12 +223,7 @@ impl Lab {
             None => (&mut self.heir, &mut self.heir_servers),
         };
         let handle = host.sockets.add(listener);
-        servers.push(Server {
-            handle,
-            handler,
-            input: vec![],
-            done: false,
-        });
+        servers.push(Server::new(handle, handler));
         if let Some(isn) = tweaks.active_isn {
             host.wanted.insert(port, isn);
         }
@@ -300,6 +295,9 @@ impl Lab {
                     {
                         tracks.insert(flow, Track::of_syn(&segment));
                     }
+                }
+                if let Some(track) = self.world.tracks.get_mut(&flow) {
+                    track.client_says(&segment);
                 }
                 if segment.syn {
                     self.syn_arrives(packet);
@@ -489,12 +487,7 @@ impl Lab {
             listener.listen((VIP, conn.plan.service)).unwrap();
             let handle = self.heir.sockets.add(listener);
             let handler = config().services[&conn.plan.service].stream();
-            self.heir_servers.push(Server {
-                handle,
-                handler,
-                input: vec![],
-                done: false,
-            });
+            self.heir_servers.push(Server::new(handle, handler));
         }
     }
 
@@ -514,7 +507,7 @@ impl Lab {
         self.take_over()
     }
 
-    fn is_done(&mut self, conn: usize) -> bool {
+    pub fn is_done(&mut self, conn: usize) -> bool {
         let state = self.client_state(conn);
         let conn = &self.conns[conn];
         conn.ended && conn.got >= conn.plan.want && matches!(state, State::Closed | State::TimeWait)

@@ -1,6 +1,7 @@
 //! What a flow was promised, and the judge of what a live shadow does.
 
 use super::*;
+use crate::sync::Snapshot;
 
 #[derive(Debug, Default)]
 pub(super) struct Track {
@@ -21,6 +22,16 @@ pub(super) struct Track {
     pub(super) shown: u64,
     pub(super) behind: BTreeMap<u64, u64>,
     pub(super) fin: Option<u64>,
+    /// Of the active's kernel: its first number, the right edge that it offered last.
+    pub(super) active_isn: u32,
+    pub(super) kernel_edge: u32,
+    /// What the client acknowledged to it, the right edge that it offered, and its window shift.
+    pub(super) una: Option<u32>,
+    pub(super) client_edge: u32,
+    pub(super) client_shift: Option<u8>,
+    /// The late join that the standby takes part in, and the last snapshot that was taken.
+    pub(super) arriving: Option<u32>,
+    pub(super) offered: Option<Snapshot>,
 }
 
 impl Track {
@@ -31,6 +42,7 @@ impl Track {
             client_sack: segment.options.sack_permitted,
             client_timestamps: segment.options.timestamp.is_some(),
             client_scaled: segment.options.window_scale.is_some(),
+            client_shift: segment.options.window_scale,
             ..Self::default()
         }
     }
@@ -69,6 +81,46 @@ impl Track {
         }
     }
 
+    /// The active's kernel sends this, whether or not it leaves.
+    pub(super) fn kernel_says(&mut self, segment: &Segment<'_>) {
+        if segment.syn {
+            self.active_isn = segment.seq;
+        }
+        if let Some(ack) = segment.ack {
+            let shift = if segment.syn { 0 } else { self.shift };
+            self.kernel_edge = ack.wrapping_add(u32::from(segment.window) << shift);
+        }
+    }
+
+    /// This of the client has arrived.
+    pub(super) fn client_says(&mut self, segment: &Segment<'_>) {
+        let Some(ack) = segment.ack.filter(|_| !segment.syn && !segment.rst) else {
+            return;
+        };
+        if self.una.is_none_or(|una| !before(ack, una)) {
+            let shift = self.client_shift.filter(|_| self.scaled).unwrap_or(0);
+            self.una = Some(ack);
+            self.client_edge = ack.wrapping_add(u32::from(segment.window) << shift);
+        }
+    }
+
+    /// The standby has lost all that it held.
+    pub(super) fn forget_shown(&mut self) {
+        self.shown = 0;
+        self.behind.clear();
+        self.fin = None;
+    }
+
+    /// The standby holds what this says, and what the tap showed since.
+    pub(super) fn show_snapshot(&mut self, snapshot: &Snapshot) {
+        let end = snapshot.ack.wrapping_sub(u32::from(snapshot.fin));
+        let end = u64::from(end.wrapping_sub(self.client_isn.wrapping_add(1)));
+        if snapshot.fin {
+            self.fin = Some(end);
+        }
+        self.cover(0, end);
+    }
+
     pub(super) fn show(&mut self, segment: &Segment<'_>) {
         let start = i64::from(distance(self.client_isn.wrapping_add(1), segment.seq));
         if segment.syn || segment.rst || start < 0 {
@@ -78,8 +130,12 @@ impl Track {
         if segment.fin {
             self.fin = Some(end);
         }
+        self.cover(start as u64, end);
+    }
+
+    fn cover(&mut self, start: u64, end: u64) {
         self.behind
-            .entry(start as u64)
+            .entry(start)
             .and_modify(|e| *e = end.max(*e))
             .or_insert(end);
         while let Some(entry) = self.behind.first_entry() {
@@ -92,7 +148,10 @@ impl Track {
 
     /// Everything that a client could hold against a live shadow.
     pub(super) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
-        if segment.rst {
+        // The client looks no further at a segment from before what it has got.
+        let probe =
+            segment.payload.is_empty() && self.una.is_some_and(|una| before(segment.seq, una));
+        if segment.rst || probe {
             return;
         }
         let ack = segment.ack.expect("a segment without ACK");

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use rfsis_agent::config::{Protocol, Service};
 use rfsis_agent::handler::HandlerKind;
 use rfsis_agent::metrics::Metrics;
-use rfsis_agent::services::{FlowGate, Services};
+use rfsis_agent::services::{Connections, FlowGate, Services};
 use rfsis_common::maps::{FlowKey, State};
 use tests::agent::port;
 use tests::client::connect;
@@ -92,12 +92,14 @@ pub fn serve() -> Result<()> {
             port,
             handler,
         });
+        let (connections, _snapshots) = Connections::new()?;
         // Kept: when nobody can tell the state any more, the connections end.
         let (_active, state) = tokio::sync::watch::channel(State::Active);
         Services::bind(VIP, &services)?
             .run(
                 state,
                 Arc::new(NoGate),
+                connections,
                 Arc::new(Metrics::new("bench")?),
                 CancellationToken::new(),
             )

@@ -1,0 +1,202 @@
+//! Flows that are older than the standby, or of which it lost something: from exposed to guarded.
+//!
+//! 1. The standby says that it does not know a flow (REFUSE). It is offered, and a snapshot of it sent
+//!    ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
+//! 2. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
+//!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
+//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This time
+//!    the flow is closed before it is taken: nobody is told of what comes after it until that is confirmed.
+
+use rfsis_common::ack_gate::{Confirmation, sent_flags};
+use rfsis_common::maps::FlowKey;
+
+use super::{Ended, Flow, Guard, GuardEffects, MS, Phase};
+use crate::heartbeat::Nanos;
+use crate::lockstep::before;
+use crate::sync::{Offer, Record, Snapshot};
+
+/// A flow that is closing is looked at so often, and open again after this, ns; after more, where the whole
+/// snapshot is under way meanwhile.
+const CLOSING_LOOK: Nanos = 10 * MS;
+const CLOSING_PATIENCE: Nanos = 40 * MS;
+const SNAPSHOT_PATIENCE: Nanos = 240 * MS;
+
+/// So often in a row it is closed in vain: its client would feel it.
+const CLOSED_IN_VAIN: u8 = 4;
+
+impl Flow {
+    /// Whether everything that the client was told is confirmed.
+    pub(super) fn is_all_confirmed(&self, fx: &mut impl GuardEffects) -> bool {
+        fx.sent(self.slot)
+            .is_some_and(|sent| !before(self.confirmation.ack(), sent.told))
+    }
+}
+
+impl Guard {
+    /// The standby does not know a flow that is not opening.
+    pub(super) fn hand_over(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        self.expose(key, fx);
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        flow.confirmation = Confirmation::default();
+        let ended = fx
+            .sent(flow.slot)
+            .is_some_and(|sent| sent.flags & (sent_flags::FIN_SENT | sent_flags::RST_SENT) != 0);
+        if ended {
+            // What is left is between the client and the kernel.
+            self.forget(key, fx);
+        } else {
+            self.joins.want(key, now);
+        }
+    }
+
+    /// The standby has got so much of a snapshot, and keeps the flow's frames.
+    pub(super) fn process_got(
+        &mut self,
+        key: FlowKey,
+        join: u32,
+        next: u32,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if !self.joins.process_got(key, join, next, now) {
+            return;
+        }
+        if let Some(flow) = self.flows.get_mut(&key)
+            && flow.closed_in_vain > 0
+            && let Some(sent) = fx.sent(flow.slot)
+        {
+            // Copies get lost while it is open, and each would be missing for good. All that the client was
+            // told until now the snapshot will have.
+            fx.confirm(flow.slot, Confirmation::new(sent.told, sent.told_edge));
+            flow.phase = Phase::Closing { since: now };
+            self.closings.push_back((now + CLOSING_LOOK, key));
+        }
+        fx.take_snapshot(key, join);
+    }
+
+    /// What [`GuardEffects::take_snapshot`] has asked for; `None` if no such connection runs.
+    pub fn process_snapshot(
+        &mut self,
+        key: FlowKey,
+        join: u32,
+        snapshot: Option<Snapshot>,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if !self.joins.awaits(&key, join) {
+            return;
+        }
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        let complete = snapshot
+            .zip(fx.sent(flow.slot))
+            .map(|(mut snapshot, sent)| {
+                // The gate has seen what the socket does not tell.
+                snapshot.sent = sent.next;
+                snapshot.client.timestamp = snapshot.client.timestamp.map(|_| (sent.tsecr, 0));
+                flow.client_isn = snapshot.client_isn();
+                flow.active_isn = snapshot.active_isn();
+                flow.confirmation = Confirmation::default();
+                snapshot.to_bytes()
+            });
+        self.joins.process_snapshot(key, join, complete, now);
+    }
+
+    /// The standby has confirmed something of an exposed flow: guards it, or begins to.
+    pub(super) fn protect_again(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        let may_close = !self.joins.concerns(&key);
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        // One that could not join is closed only where that ends it.
+        if !may_close && !flow.is_all_confirmed(fx) {
+            return;
+        }
+        fx.confirm(flow.slot, flow.confirmation);
+        // The gate may have told more at the same moment, so it is looked at now.
+        if flow.is_all_confirmed(fx) {
+            flow.phase = Phase::Guarded;
+            flow.closed_in_vain = 0;
+        } else if may_close {
+            flow.phase = Phase::Closing { since: now };
+            self.closings.push_back((now + CLOSING_LOOK, key));
+        } else {
+            self.expose(key, fx);
+        }
+    }
+
+    pub(super) fn late_wakeup(&self) -> Nanos {
+        let closing = self.closings.front().map_or(Nanos::MAX, |(at, _)| *at);
+        let join = if self.guarding {
+            self.joins.next_wakeup()
+        } else {
+            Nanos::MAX
+        };
+        closing.min(join)
+    }
+
+    pub(super) fn poll_late(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        while let Some((_, key)) = self.closings.pop_front_if(|(at, _)| *at <= now) {
+            self.look_at_closing(key, now, fx);
+        }
+        if self.guarding {
+            let (flows, records) = (&self.flows, &mut self.records);
+            let offer = |key, join| {
+                let flow: &Flow = flows.get(&key)?;
+                fx.sent(flow.slot).map(|sent| {
+                    Record::Offer(Offer {
+                        flow: key,
+                        join,
+                        client_isn: flow.client_isn,
+                        next: sent.next,
+                    })
+                })
+            };
+            self.joins.poll(now, offer, records);
+        }
+    }
+
+    fn look_at_closing(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        let Phase::Closing { since } = flow.phase else {
+            return;
+        };
+        let patience = match flow.closed_in_vain {
+            0 => CLOSING_PATIENCE,
+            _ => SNAPSHOT_PATIENCE,
+        };
+        let joins = self.joins.concerns(&key);
+        if now.saturating_sub(since) < patience {
+            // The standby's word may be lost.
+            if let Some(sent) = fx.sent(flow.slot)
+                && !joins
+            {
+                self.records.push(Record::Told {
+                    flow: key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
+            }
+            self.closings.push_back((now + CLOSING_LOOK, key));
+            return;
+        }
+        flow.closed_in_vain += 1;
+        if flow.closed_in_vain < CLOSED_IN_VAIN {
+            // Nothing new, if it is under way.
+            self.joins.want(key, now);
+        } else {
+            self.joins.give_up(key, now);
+        }
+        self.expose(key, fx);
+    }
+
+    /// Late joins that have ended since the last call.
+    pub fn take_joins(&mut self) -> Vec<Ended> {
+        self.joins.take_ended()
+    }
+}
