@@ -145,7 +145,7 @@ impl Settings {
              key: {key:?}\n\
              {}\
              protect: {}\n\
-             {}{}{}\
+             {}{}{}{}\
              heartbeat: {{ interval: {interval}, missed: {missed}, startup_grace: {startup_grace} }}\n\
              metrics: {{ listen: 0.0.0.0:{METRICS_PORT} }}\n\
              control: /run/rfsis/agent.sock\n\
