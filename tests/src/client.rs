@@ -75,7 +75,10 @@ impl Typist {
     /// When `nc` has ended.
     pub fn type_line(&mut self, line: &str) -> Result<()> {
         let keyboard = self.keyboard.as_mut().context("stdin is closed")?;
-        writeln!(keyboard, "{line}").context("nc has ended")
+        // In one piece: nc makes a datagram of what it reads at once, and datagrams may change places.
+        keyboard
+            .write_all(format!("{line}\n").as_bytes())
+            .context("nc has ended")
     }
 
     /// The next line on the screen within `limit`.
