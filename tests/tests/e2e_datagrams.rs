@@ -132,7 +132,10 @@ fn a_stream_across_the_death(wiring: Wiring, death: Death) {
     let by_the_successor = pair.backup.metrics().sum(REPLAYED, &ANSWERED);
     assert!(by_the_successor > 0.0, "the active answered all");
     // Those that the active had not come to before its death are among them.
-    assert!(by_the_successor < f64::from(COUNT), "the active answered none");
+    assert!(
+        by_the_successor < f64::from(COUNT),
+        "the active answered none"
+    );
 }
 
 /// Asks three services, lets the primary die when the standby has seen all answers, and hears nothing.

@@ -1,5 +1,7 @@
 //! What is particular to tap `mirror`. That sessions survive with it, the other files show.
 
+#![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
 use std::sync::atomic::AtomicU64;
 
 use tests::agent::port;
