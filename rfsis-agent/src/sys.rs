@@ -1,7 +1,7 @@
 //! System calls that no crate wraps safely. The only `unsafe` of the agent is here.
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -127,6 +127,27 @@ impl RawIpSocket {
         let to = SockAddr::from(SocketAddrV4::new(Ipv4Addr::from(*destination), 0));
         self.0.send_to(packet, &to).map(drop)
     }
+}
+
+/// Sets an option of TCP that is made of 32-bit words, as those of TCP_REPAIR are (tcp(7),
+/// include/uapi/linux/tcp.h).
+///
+/// Errors are those of setsockopt(2).
+pub fn set_tcp_option(socket: &Socket, option: libc::c_int, words: &[u32]) -> io::Result<()> {
+    // SAFETY: the pointer and the length describe `words`, which the kernel only reads, during the call.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            option,
+            words.as_ptr().cast(),
+            size_of_val(words) as u32,
+        )
+    };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Gives the calling thread real-time priority `priority` (1–99, sched(7)).

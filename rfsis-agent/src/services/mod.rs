@@ -33,7 +33,7 @@ pub(crate) use datagram::LoopSources;
 
 /// `SO_RCVBUF` and `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel
 /// socket holds. The kernel doubles the number for its own bookkeeping, socket(7).
-const SOCKET_BUFFER: usize = 128 * 1024;
+pub(crate) const SOCKET_BUFFER: usize = 128 * 1024;
 /// Handshakes done and not yet accepted; `net.core.somaxconn` bounds it too.
 const BACKLOG: i32 = 4096;
 /// Pause after an accept or receive error that will not go away by itself, such as EMFILE.
