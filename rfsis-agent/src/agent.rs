@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::adopt::{Adopted, OpenFlows};
 use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
@@ -248,8 +249,11 @@ async fn attach_and_serve(
 
     let (services_state, state) = watch::channel(State::Standby);
     let approvals = Arc::new(programs.approvals()?);
+    let (adopted, to_adopt) = mpsc::unbounded_channel();
+    let epoch = state.clone();
     let served = tokio::spawn(services.run(
         state,
+        to_adopt,
         approvals as Arc<dyn FlowGate>,
         Arc::clone(&metrics),
         cancel.clone(),
@@ -272,7 +276,7 @@ async fn attach_and_serve(
         }
     };
     let (engine, engine_thread) = start_engine(
-        config, netif, tap, programs, &metrics, &shared, link, warm, took_over,
+        config, netif, tap, programs, &metrics, &shared, link, warm, took_over, adopted, epoch,
     )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let (pulse, pulse_thread) = start_pulse(
@@ -417,6 +421,8 @@ fn start_engine(
     link: Option<Link>,
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
+    adopted: mpsc::UnboundedSender<Adopted>,
+    epoch: watch::Receiver<State>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
     let services = |protocol| -> HashMap<u16, HandlerKind> {
         let services = config.services.iter();
@@ -452,6 +458,9 @@ fn start_engine(
             approvals: programs.approvals()?,
             live_flows: programs.live_flows()?,
             warm,
+            adopted,
+            open: OpenFlows::default(),
+            epoch,
             metrics: Arc::clone(metrics),
         },
         source: tap::frame_source(config, tap),

@@ -5,7 +5,7 @@
 //!
 //! - no FIN or RST of a connection leaves before the flow is approved ([`FlowGate`]), so that a crash
 //!   says nothing to the client;
-//! - a connection belongs to the epoch in which it was accepted: once the node is not active any more
+//! - a connection belongs to the epoch in which it was accepted, or adopted from a shadow: once the node is not active any more
 //!   the peer carries it on, and the socket here is aborted in silence, behind the closed gate.
 
 mod datagram;
@@ -21,15 +21,17 @@ use std::time::Duration;
 use rfsis_common::maps::{FlowKey, State};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::adopt::Adopted;
 use crate::cli::Fatal;
 use crate::config::{Protocol, Service};
 use crate::handler::HandlerKind;
 use crate::metrics::Metrics;
 pub(crate) use datagram::LoopSources;
+use stream::Start;
 
 /// `SO_RCVBUF` and `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel
 /// socket holds. The kernel doubles the number for its own bookkeeping, socket(7).
@@ -155,9 +157,12 @@ impl Services {
     /// `state` must say `Active` before the XDP program lets clients through, and must be sent only
     /// when the state changes: *every* send ends the epoch of the connections that are open, so that
     /// a quick way out of `Active` and back is not overlooked. They are aborted without approval.
+    ///
+    /// What comes by `adopted` is served as if it had been accepted.
     pub async fn run(
         self,
         state: watch::Receiver<State>,
+        mut adopted: mpsc::UnboundedReceiver<Adopted>,
         gate: Arc<dyn FlowGate>,
         metrics: Arc<Metrics>,
         cancel: CancellationToken,
@@ -184,13 +189,28 @@ impl Services {
                 errors: metrics.accept_errors(&bound.name),
                 bound,
                 state: state.clone(),
-                gate: Arc::clone(&gate),
-                tasks: tasks.clone(),
-                cancel: cancel.clone(),
+                host: Host {
+                    gate: Arc::clone(&gate),
+                    tasks: tasks.clone(),
+                    cancel: cancel.clone(),
+                },
             };
             let cancel = cancel.clone();
             tasks.spawn(async move { cancel.run_until_cancelled(acceptor.run(listener)).await });
         }
+        let host = Host {
+            gate,
+            tasks: tasks.clone(),
+            cancel: cancel.clone(),
+        };
+        tasks.spawn(async move {
+            let adopt = async {
+                while let Some(connection) = adopted.recv().await {
+                    host.adopt(connection);
+                }
+            };
+            cancel.run_until_cancelled(adopt).await;
+        });
         tasks.close();
         tasks.wait().await;
     }
@@ -202,9 +222,7 @@ struct Acceptor {
     connections: prometheus::IntCounter,
     errors: prometheus::IntCounter,
     state: watch::Receiver<State>,
-    gate: Arc<dyn FlowGate>,
-    tasks: TaskTracker,
-    cancel: CancellationToken,
+    host: Host,
 }
 
 impl Acceptor {
@@ -238,11 +256,46 @@ impl Acceptor {
             client_port: client.port(),
             service_port,
         };
-        if let Err(error) = self.gate.revoke(flow) {
-            tracing::warn!(?flow, %error, "an old approval of these numbers stays");
-        }
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(?flow, %error, "TCP_NODELAY is not set");
+        }
+        let state = self.state.clone();
+        let start = Start::of(self.bound.handler.stream());
+        self.host.serve(stream, flow, start, state);
+    }
+}
+
+/// What every connection's task needs.
+struct Host {
+    gate: Arc<dyn FlowGate>,
+    tasks: TaskTracker,
+    cancel: CancellationToken,
+}
+
+impl Host {
+    /// Goes on with a connection that was a shadow's.
+    fn adopt(&self, adopted: Adopted) {
+        let (flow, unfinished) = (adopted.flow, adopted.unfinished);
+        let stream = match TcpStream::from_std(adopted.socket) {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Dropped without approval: the gate holds its FIN.
+                tracing::warn!(?flow, %error, "an adopted connection cannot be served");
+                return;
+            }
+        };
+        let start = Start {
+            handler: unfinished.handler,
+            input: unfinished.input,
+            entry: Some(adopted.entry),
+        };
+        self.serve(stream, flow, start, adopted.epoch);
+    }
+
+    /// Serves a connection until any change from what was seen of `state`.
+    fn serve(&self, stream: TcpStream, flow: FlowKey, start: Start, state: watch::Receiver<State>) {
+        if let Err(error) = self.gate.revoke(flow) {
+            tracing::warn!(?flow, %error, "an old approval of these numbers stays");
         }
         let connection = stream::Connection {
             stream,
@@ -250,11 +303,10 @@ impl Acceptor {
             gate: Arc::clone(&self.gate),
         };
         let epoch = Epoch {
-            state: self.state.clone(),
+            state,
             cancel: self.cancel.clone(),
         };
-        self.tasks
-            .spawn(connection.serve(self.bound.handler.stream(), epoch));
+        self.tasks.spawn(connection.serve(start, epoch));
     }
 }
 

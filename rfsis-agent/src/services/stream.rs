@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
 use super::{Epoch, FlowGate};
+use crate::adopt::OpenFlow;
 use crate::handler::StreamHandler;
 
 /// Most bytes of the client that wait for the handler, and of the handler that wait for the client.
@@ -21,6 +22,26 @@ const REST: Duration = Duration::from_millis(100);
 /// After the answer is complete a client may be silent for this long before it is cut.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Where a connection's service begins.
+pub(super) struct Start {
+    pub handler: Box<dyn StreamHandler>,
+    /// What was read already and is still to be handled.
+    pub input: Vec<u8>,
+    /// Of a connection that was adopted.
+    pub entry: Option<OpenFlow>,
+}
+
+impl Start {
+    /// At the beginning.
+    pub(super) fn of(handler: Box<dyn StreamHandler>) -> Self {
+        Self {
+            handler,
+            input: Vec::new(),
+            entry: None,
+        }
+    }
+}
+
 /// A connection in the epoch in which it was accepted.
 pub(super) struct Connection {
     pub stream: TcpStream,
@@ -30,16 +51,21 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Serves until both sides are done, something fails, or the epoch ends.
-    pub(super) async fn serve(mut self, mut handler: Box<dyn StreamHandler>, epoch: Epoch) {
+    pub(super) async fn serve(mut self, start: Start, epoch: Epoch) {
+        let Start {
+            mut handler,
+            input,
+            entry: _entry,
+        } = start;
         tokio::select! {
             biased;
             () = epoch.ended() => abort(&self.stream),
-            () = self.converse(&mut *handler) => {}
+            () = self.converse(&mut *handler, input) => {}
         }
     }
 
-    async fn converse(&mut self, handler: &mut dyn StreamHandler) {
-        let outcome = exchange(&self.stream, handler).await;
+    async fn converse(&mut self, handler: &mut dyn StreamHandler, input: Vec<u8>) {
+        let outcome = exchange(&self.stream, handler, Buffer::of(input)).await;
         // All that follows may send a FIN or RST: the half-close, and the drop that closes.
         if let Err(error) = self.gate.approve(self.flow) {
             tracing::warn!(flow = ?self.flow, %error, "cannot approve the end of a connection");
@@ -79,8 +105,11 @@ pub(super) fn abort(stream: &TcpStream) {
 }
 
 /// Runs the handler until it has finished and all it wrote is with the kernel.
-async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Result<()> {
-    let mut input = Buffer::default();
+async fn exchange(
+    stream: &TcpStream,
+    handler: &mut dyn StreamHandler,
+    mut input: Buffer,
+) -> io::Result<()> {
     let mut output = Buffer::default();
     let mut eof = false;
     let mut finished = false;
@@ -146,7 +175,7 @@ async fn exchange(stream: &TcpStream, handler: &mut dyn StreamHandler) -> io::Re
     }
 }
 
-/// Bytes in order, at most [`BUFFER_LIMIT`]; without memory while it is empty and released.
+/// Bytes in order, at most [`BUFFER_LIMIT`] unless it began with more; without memory while it is empty and released.
 #[derive(Default)]
 struct Buffer {
     data: Vec<u8>,
@@ -155,6 +184,15 @@ struct Buffer {
 }
 
 impl Buffer {
+    fn of(data: Vec<u8>) -> Self {
+        let end = data.len();
+        Self {
+            data,
+            start: 0,
+            end,
+        }
+    }
+
     fn bytes(&self) -> &[u8] {
         &self.data[self.start..self.end]
     }
@@ -164,7 +202,7 @@ impl Buffer {
     }
 
     fn is_full(&self) -> bool {
-        self.end - self.start == BUFFER_LIMIT
+        self.end - self.start >= BUFFER_LIMIT
     }
 
     /// Free space behind the bytes; empty only when the buffer is full.

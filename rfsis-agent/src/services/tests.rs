@@ -41,6 +41,7 @@ struct Lab {
     approvals: mpsc::UnboundedReceiver<FlowKey>,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
+    adopted: mpsc::UnboundedSender<Adopted>,
     running: JoinHandle<()>,
 }
 
@@ -63,8 +64,10 @@ impl Lab {
         let (state, watcher) = watch::channel(state);
         let metrics = Arc::new(Metrics::new("0").unwrap());
         let cancel = CancellationToken::new();
+        let (adopted, to_adopt) = mpsc::unbounded_channel();
         let running = tokio::spawn(services.run(
             watcher,
+            to_adopt,
             Arc::clone(&gate) as Arc<dyn FlowGate>,
             Arc::clone(&metrics),
             cancel.clone(),
@@ -76,6 +79,7 @@ impl Lab {
             approvals,
             metrics,
             cancel,
+            adopted,
             running,
         }
     }

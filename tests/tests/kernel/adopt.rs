@@ -116,7 +116,10 @@ fn a_restored_socket_goes_on_with_its_numbers() {
             assert_eq!((segment.seq, segment.payload.len()), (seq, length));
             assert_eq!(segment.ack, Some(numbers.rcv_nxt));
             let window = u32::from(segment.window) << 9;
-            assert!(window + 512 > numbers.rcv_wnd, "the window shrinks to {window}");
+            assert!(
+                window + 512 > numbers.rcv_wnd,
+                "the window shrinks to {window}"
+            );
             let (tsval, _) = segment.options.timestamp.unwrap();
             let ahead = tsval.wrapping_sub(numbers.tsval.unwrap());
             assert!(ahead < 2_000, "the clock leaps by {ahead}");
