@@ -97,6 +97,8 @@ pub fn serve() -> Result<()> {
         Services::bind(VIP, &services)?
             .run(
                 state,
+                // Nobody adopts anything here.
+                tokio::sync::mpsc::unbounded_channel().1,
                 Arc::new(NoGate),
                 Arc::new(Metrics::new("bench")?),
                 CancellationToken::new(),
