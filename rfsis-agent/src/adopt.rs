@@ -101,8 +101,7 @@ pub fn restore(numbers: &Numbers) -> io::Result<TcpStream> {
     let Numbers { flow, vip, .. } = *numbers;
     let service = SocketAddrV4::new(vip, flow.service_port);
     let client = SocketAddrV4::new(Ipv4Addr::from(flow.client_addr), flow.client_port);
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
     socket.set_recv_buffer_size(SOCKET_BUFFER)?;
     socket.set_send_buffer_size(SOCKET_BUFFER)?;
     socket.set_tcp_nodelay(true)?;

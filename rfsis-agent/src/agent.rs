@@ -421,7 +421,7 @@ fn start_engine(
     link: Option<Link>,
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
-    adopted: mpsc::UnboundedSender<Adopted>,
+    adopted: mpsc::UnboundedSender<Vec<Adopted>>,
     epoch: watch::Receiver<State>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
     let services = |protocol| -> HashMap<u16, HandlerKind> {
@@ -459,6 +459,7 @@ fn start_engine(
             live_flows: programs.live_flows()?,
             warm,
             adopted,
+            handed_over: Vec::new(),
             open: OpenFlows::default(),
             epoch,
             metrics: Arc::clone(metrics),

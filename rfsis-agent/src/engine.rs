@@ -103,7 +103,9 @@ pub struct KernelEffects {
     /// Clients whose next hop is to be kept resolved.
     pub warm: tokio::sync::mpsc::Sender<Ipv4Addr>,
     /// Takes connections that are the kernel's now.
-    pub adopted: tokio::sync::mpsc::UnboundedSender<Adopted>,
+    pub adopted: tokio::sync::mpsc::UnboundedSender<Vec<Adopted>>,
+    /// Those that are to be handed over together: to wake another thread takes as long as to make a socket.
+    pub handed_over: Vec<Adopted>,
     /// Those of them that are open.
     pub open: OpenFlows,
     /// The node's state; what was seen of it last is the epoch of the live shadows.
@@ -120,6 +122,14 @@ pub struct Restored {
 }
 
 impl KernelEffects {
+    /// Hands what was adopted over to its services.
+    fn hand_over(&mut self) {
+        if !self.handed_over.is_empty() {
+            // Fails only while the agent ends. The sockets' FINs meet a closed gate.
+            let _ = self.adopted.send(std::mem::take(&mut self.handed_over));
+        }
+    }
+
     /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now. From a raw
     /// socket to an own address it goes through the loopback device, past the programs.
     fn pass_on(&self, packet: &[u8]) {
@@ -147,8 +157,7 @@ impl Effects for KernelEffects {
     }
 
     fn adopt(&mut self, flow: FlowKey, restored: Restored, unfinished: Unfinished) {
-        // Fails only while the agent ends. The socket's FIN meets a closed gate.
-        let _ = self.adopted.send(Adopted {
+        self.handed_over.push(Adopted {
             socket: restored.socket,
             flow,
             unfinished,
@@ -264,6 +273,7 @@ impl Engine {
             let now = sys::monotonic();
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
+                self.effects.hand_over();
             }
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);

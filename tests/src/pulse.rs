@@ -68,6 +68,14 @@ impl Pulse {
     /// # Errors
     /// When the connection was reset, or an echo was wrong or missing.
     pub fn finish(self) -> Result<Blackout> {
+        self.finish_between(None, Instant::now())
+    }
+
+    /// [`Pulse::finish`], with the longest gap that begins in this time.
+    ///
+    /// # Errors
+    /// As [`Pulse::finish`], and when fewer than two echoes came in this time.
+    pub fn finish_between(self, from: Option<Instant>, until: Instant) -> Result<Blackout> {
         self.over.store(true, Ordering::Relaxed);
         let spoken = self.speaker.join().ok().context("the speaker panicked")??;
         let echoes = self
@@ -80,7 +88,10 @@ impl Pulse {
             "{} of {spoken} echoes",
             echoes.len()
         );
-        let gaps = echoes.windows(2).map(|pair| pair[1] - pair[0]);
+        let gaps = echoes
+            .windows(2)
+            .filter(|pair| from.is_none_or(|from| pair[0] >= from) && pair[0] <= until)
+            .map(|pair| pair[1] - pair[0]);
         Ok(Blackout {
             longest: gaps.max().context("fewer than two echoes")?,
             spoken,

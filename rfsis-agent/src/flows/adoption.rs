@@ -15,12 +15,18 @@ use rfsis_common::maps::FlowKey;
 
 use super::{Effects, Flow, Flows};
 use crate::heartbeat::Nanos;
-use crate::shadow::{Readiness, Shadow};
+use crate::shadow::{Readiness, Shadow, Shell};
 
 const MS: Nanos = 1_000_000;
 
-/// Flows that are looked at in one turn: the frames of the others wait meanwhile.
-const AT_ONCE: usize = 16;
+/// Flows that are looked at in one turn, and the time from one turn to the next, ns: the frames of the others
+/// wait meanwhile, and the services have as much to do.
+const AT_ONCE: usize = 32;
+const TURN: Nanos = MS;
+
+/// Shadows that are done with and given back to the system in one turn: to unmap their buffers takes as long
+/// as to make a socket, so it waits until nothing else is due.
+const FREED_AT_ONCE: usize = 4;
 
 /// A flow that is not ready is looked at again after the first, then ever more rarely up to the second, ns.
 const PAUSE: Nanos = 20 * MS;
@@ -40,8 +46,12 @@ struct Move {
 /// The live flows that are to be adopted, and when they are looked at.
 #[derive(Debug, Default)]
 pub(super) struct Moves {
+    /// Those that are to be looked at next are due at 0.
     due: BTreeSet<(Nanos, FlowKey)>,
     moves: HashMap<FlowKey, Move>,
+    next_turn: Nanos,
+    /// Of flows that were adopted.
+    shells: Vec<Shell>,
 }
 
 impl Moves {
@@ -73,8 +83,13 @@ impl Moves {
         *self = Self::default();
     }
 
+    /// Looks at a flow before all others: its handler rests.
+    pub(super) fn hurry(&mut self, flow: FlowKey) {
+        self.reschedule(flow, 0);
+    }
+
     /// Looks at a flow at `at` instead of when it was due.
-    pub(super) fn reschedule(&mut self, flow: FlowKey, at: Nanos) {
+    fn reschedule(&mut self, flow: FlowKey, at: Nanos) {
         if let Some(known) = self.moves.get_mut(&flow) {
             self.due.remove(&(known.at, flow));
             known.at = at;
@@ -94,7 +109,12 @@ impl Moves {
 
     /// When the next is due, ns.
     pub(super) fn next_wakeup(&self) -> Nanos {
-        self.due.first().map_or(Nanos::MAX, |(at, _)| *at)
+        match self.due.first() {
+            Some(&(0, _)) => 0,
+            Some(&(at, _)) => at.max(self.next_turn),
+            None if self.shells.is_empty() => Nanos::MAX,
+            None => self.next_turn,
+        }
     }
 
     fn pop_due(&mut self, now: Nanos) -> Option<FlowKey> {
@@ -107,11 +127,26 @@ impl Moves {
 impl Flows {
     /// Looks at some of the flows that are due.
     pub(super) fn adopt_some(&mut self, now: Nanos, fx: &mut impl Effects) {
-        for _ in 0..AT_ONCE {
-            let Some(flow) = self.moves.pop_due(now) else {
-                return;
-            };
+        while let Some(flow) = self.moves.pop_due(0) {
             self.try_to_adopt(flow, now, fx);
+        }
+        if now < self.moves.next_turn {
+            return;
+        }
+        let mut looked_at = 0;
+        while looked_at < AT_ONCE
+            && let Some(flow) = self.moves.pop_due(now)
+        {
+            self.try_to_adopt(flow, now, fx);
+            looked_at += 1;
+        }
+        let shells = &mut self.moves.shells;
+        if looked_at == 0 && !shells.is_empty() {
+            shells.truncate(shells.len().saturating_sub(FREED_AT_ONCE));
+            self.moves.next_turn = now + TURN;
+        }
+        if looked_at > 0 {
+            self.moves.next_turn = now + TURN;
         }
     }
 
@@ -179,15 +214,14 @@ impl Flows {
         let Some(socket) = fx.restore(&shadow.numbers(now)) else {
             return false;
         };
-        let bytes = shadow.bytes();
-        let unfinished = match self.flows.remove(&flow) {
-            Some(Flow::Shadow(shadow)) => shadow.unfinished(),
-            _ => None,
-        };
-        self.bytes -= bytes;
+        self.drop_bytes_of(flow);
+        let shadow = self.flows.remove(&flow);
         self.remove(flow, fx);
-        if let Some(unfinished) = unfinished {
+        if let Some(Flow::Shadow(shadow)) = shadow
+            && let Some((unfinished, shell)) = shadow.unfinished()
+        {
             fx.adopt(flow, socket, unfinished);
+            self.moves.shells.push(shell);
         }
         true
     }

@@ -440,7 +440,7 @@ impl Flows {
             fx.send(&outgoing.packet);
         }
         if rested {
-            self.moves.reschedule(flow, now);
+            self.moves.hurry(flow);
         }
         if self.live {
             self.set_timer(flow, wakeup);

@@ -162,7 +162,7 @@ impl Services {
     pub async fn run(
         self,
         state: watch::Receiver<State>,
-        mut adopted: mpsc::UnboundedReceiver<Adopted>,
+        mut adopted: mpsc::UnboundedReceiver<Vec<Adopted>>,
         gate: Arc<dyn FlowGate>,
         metrics: Arc<Metrics>,
         cancel: CancellationToken,
@@ -205,8 +205,10 @@ impl Services {
         };
         tasks.spawn(async move {
             let adopt = async {
-                while let Some(connection) = adopted.recv().await {
-                    host.adopt(connection);
+                while let Some(connections) = adopted.recv().await {
+                    for connection in connections {
+                        host.adopt(connection);
+                    }
                 }
             };
             cancel.run_until_cancelled(adopt).await;

@@ -41,7 +41,7 @@ struct Lab {
     approvals: mpsc::UnboundedReceiver<FlowKey>,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
-    adopted: mpsc::UnboundedSender<Adopted>,
+    adopted: mpsc::UnboundedSender<Vec<Adopted>>,
     running: JoinHandle<()>,
 }
 

@@ -5,6 +5,7 @@
 //! have arrived, and has acknowledged all that was written here. Where a handler always writes more it rests
 //! meanwhile.
 
+use smoltcp::iface::SocketSet;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
@@ -37,6 +38,17 @@ pub enum Readiness {
     Unacknowledged,
     /// Time enough: it is closing, and ends here.
     Ending,
+}
+
+/// The buffers of a shadow that is done with, to be dropped when there is time.
+pub struct Shell {
+    _sockets: SocketSet<'static>,
+}
+
+impl std::fmt::Debug for Shell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shell")
+    }
 }
 
 impl Shadow {
@@ -149,8 +161,9 @@ impl Shadow {
         }
     }
 
-    /// What the kernel socket's service goes on with. `None` if there is no handler: it was not ready.
-    pub fn unfinished(mut self) -> Option<Unfinished> {
+    /// What the kernel socket's service goes on with, and what is left. `None` if there is no handler: it was
+    /// not ready.
+    pub fn unfinished(mut self) -> Option<(Unfinished, Shell)> {
         let socket = self.sockets.get_mut::<Socket<'static>>(self.socket);
         let mut input = Vec::with_capacity((self.held - self.taken) as usize + socket.recv_queue());
         // Its ring may come in two pieces.
@@ -169,7 +182,12 @@ impl Shadow {
             self.taken += (data.len() - known) as u64;
         }
         match self.source {
-            Source::Handler(handler) => Some(Unfinished { handler, input }),
+            Source::Handler(handler) => Some((
+                Unfinished { handler, input },
+                Shell {
+                    _sockets: self.sockets,
+                },
+            )),
             Source::Active { .. } => None,
         }
     }

@@ -47,7 +47,7 @@ use crate::sync::{Confirm, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
-pub use adoption::Readiness;
+pub use adoption::{Readiness, Shell};
 pub use live::reset_packet;
 
 /// Receive and send buffer of a shadow, bytes. One byte short of 64 KiB, so that smoltcp's own

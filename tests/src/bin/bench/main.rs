@@ -4,6 +4,7 @@
 //! subject, then one line for each figure, `=> what | measured | target | met?`, which xtask gathers
 //! into the summary.
 
+mod adoption;
 mod blackout;
 mod bulk;
 mod capped;
@@ -26,9 +27,10 @@ use tests::report::Figure;
 type Measure = fn(usize) -> Result<Vec<Figure>>;
 
 /// What can be measured, by the name that `--only` knows.
-const SUBJECTS: [(&str, Measure); 8] = [
+const SUBJECTS: [(&str, Measure); 9] = [
     ("blackout", blackout::measure),
     ("takeover", takeover::measure),
+    ("adoption", adoption::measure),
     ("upload", upload::measure),
     ("idle", idle::measure),
     ("capped", capped::measure),
