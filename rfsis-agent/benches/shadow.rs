@@ -31,6 +31,9 @@ struct Count {
 
 impl Effects for Count {
     type Socket = ();
+    fn may_adopt(&self) -> bool {
+        true
+    }
     fn restore(&mut self, _: &Numbers) -> Option<()> {
         None
     }

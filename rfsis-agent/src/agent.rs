@@ -249,7 +249,8 @@ async fn attach_and_serve(
 
     let (services_state, state) = watch::channel(State::Standby);
     let approvals = Arc::new(programs.approvals()?);
-    let (adopted, to_adopt) = mpsc::unbounded_channel();
+    // One batch waits while one is begun with.
+    let (adopted, to_adopt) = mpsc::channel(1);
     let epoch = state.clone();
     let served = tokio::spawn(services.run(
         state,
@@ -421,7 +422,7 @@ fn start_engine(
     link: Option<Link>,
     warm: mpsc::Sender<Ipv4Addr>,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
-    adopted: mpsc::UnboundedSender<Vec<Adopted>>,
+    adopted: mpsc::Sender<Vec<Adopted>>,
     epoch: watch::Receiver<State>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
     let services = |protocol| -> HashMap<u16, HandlerKind> {

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
+use tokio::sync::mpsc::error::TrySendError;
 
 use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
 use crate::bpf::{Approvals, LiveFlows, LostFlows};
@@ -103,7 +104,7 @@ pub struct KernelEffects {
     /// Clients whose next hop is to be kept resolved.
     pub warm: tokio::sync::mpsc::Sender<Ipv4Addr>,
     /// Takes connections that are the kernel's now.
-    pub adopted: tokio::sync::mpsc::UnboundedSender<Vec<Adopted>>,
+    pub adopted: tokio::sync::mpsc::Sender<Vec<Adopted>>,
     /// Those that are to be handed over together: to wake another thread takes as long as to make a socket.
     pub handed_over: Vec<Adopted>,
     /// Those of them that are open.
@@ -124,9 +125,15 @@ pub struct Restored {
 impl KernelEffects {
     /// Hands what was adopted over to its services.
     fn hand_over(&mut self) {
-        if !self.handed_over.is_empty() {
-            // Fails only while the agent ends. The sockets' FINs meet a closed gate.
-            let _ = self.adopted.send(std::mem::take(&mut self.handed_over));
+        if self.handed_over.is_empty() {
+            return;
+        }
+        match self.adopted.try_reserve() {
+            Ok(room) => room.send(std::mem::take(&mut self.handed_over)),
+            // With the next ones.
+            Err(TrySendError::Full(())) => {}
+            // The agent ends: the sockets' FINs meet a closed gate.
+            Err(TrySendError::Closed(())) => self.handed_over.clear(),
         }
     }
 
@@ -143,6 +150,10 @@ impl KernelEffects {
 
 impl Effects for KernelEffects {
     type Socket = Restored;
+
+    fn may_adopt(&self) -> bool {
+        self.handed_over.is_empty()
+    }
 
     fn restore(&mut self, numbers: &Numbers) -> Option<Restored> {
         let since = sys::monotonic();
@@ -273,8 +284,8 @@ impl Engine {
             let now = sys::monotonic();
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
-                self.effects.hand_over();
             }
+            self.effects.hand_over();
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }

@@ -133,6 +133,10 @@ impl Flows {
         if now < self.moves.next_turn {
             return;
         }
+        if !fx.may_adopt() {
+            self.moves.next_turn = now + TURN;
+            return;
+        }
         let mut looked_at = 0;
         while looked_at < AT_ONCE
             && let Some(flow) = self.moves.pop_due(now)

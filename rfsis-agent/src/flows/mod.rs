@@ -96,6 +96,8 @@ pub struct FlowsConfig {
 pub trait Effects {
     /// A connected kernel socket.
     type Socket;
+    /// Whether the services have begun with what they were given.
+    fn may_adopt(&self) -> bool;
     /// Makes a kernel socket that goes on with these numbers; `None` if the kernel refuses. Sends nothing.
     fn restore(&mut self, numbers: &Numbers) -> Option<Self::Socket>;
     /// Gives a restored socket to its service. The flow was released before.

@@ -162,7 +162,7 @@ impl Services {
     pub async fn run(
         self,
         state: watch::Receiver<State>,
-        mut adopted: mpsc::UnboundedReceiver<Vec<Adopted>>,
+        mut adopted: mpsc::Receiver<Vec<Adopted>>,
         gate: Arc<dyn FlowGate>,
         metrics: Arc<Metrics>,
         cancel: CancellationToken,
@@ -209,6 +209,8 @@ impl Services {
                     for connection in connections {
                         host.adopt(connection);
                     }
+                    // Behind them: who is served already does not wait for more than these.
+                    tokio::task::yield_now().await;
                 }
             };
             cancel.run_until_cancelled(adopt).await;

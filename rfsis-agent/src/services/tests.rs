@@ -41,7 +41,7 @@ struct Lab {
     approvals: mpsc::UnboundedReceiver<FlowKey>,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
-    adopted: mpsc::UnboundedSender<Vec<Adopted>>,
+    adopted: mpsc::Sender<Vec<Adopted>>,
     running: JoinHandle<()>,
 }
 
@@ -64,7 +64,7 @@ impl Lab {
         let (state, watcher) = watch::channel(state);
         let metrics = Arc::new(Metrics::new("0").unwrap());
         let cancel = CancellationToken::new();
-        let (adopted, to_adopt) = mpsc::unbounded_channel();
+        let (adopted, to_adopt) = mpsc::channel(1);
         let running = tokio::spawn(services.run(
             watcher,
             to_adopt,

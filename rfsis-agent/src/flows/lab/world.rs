@@ -198,6 +198,10 @@ pub struct World {
 impl Effects for World {
     type Socket = Numbers;
 
+    fn may_adopt(&self) -> bool {
+        true
+    }
+
     fn restore(&mut self, numbers: &Numbers) -> Option<Numbers> {
         if let Some(track) = self.tracks.get(&numbers.flow) {
             track.judge_numbers(numbers);

@@ -98,7 +98,7 @@ pub fn serve() -> Result<()> {
             .run(
                 state,
                 // Nobody adopts anything here.
-                tokio::sync::mpsc::unbounded_channel().1,
+                tokio::sync::mpsc::channel(1).1,
                 Arc::new(NoGate),
                 Arc::new(Metrics::new("bench")?),
                 CancellationToken::new(),
