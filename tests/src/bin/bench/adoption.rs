@@ -120,9 +120,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             millis(time(|o| o.gap_after).0),
         ),
     ];
-    if std::env::var("NOSPEED").is_err() {
-        figures.extend(speeds(runs)?);
-    }
+    figures.extend(speeds(runs)?);
     Ok(figures)
 }
 
