@@ -191,7 +191,7 @@ pub struct World {
     /// Whether the kernel takes live flows, and what it took.
     pub adopts: bool,
     pub refusals: usize,
-    pub(super) adopted: Vec<(Numbers, Unfinished)>,
+    pub adopted: Vec<(Numbers, Unfinished)>,
     pub(super) tracks: HashMap<FlowKey, Track>,
 }
 
