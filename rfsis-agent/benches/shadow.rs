@@ -7,6 +7,7 @@ use std::hint::black_box;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
+use rfsis_agent::adopt::{Numbers, Unfinished};
 use rfsis_agent::flows::{Effects, Flows, FlowsConfig};
 use rfsis_agent::handler::HandlerKind;
 use rfsis_agent::segment::flow_key;
@@ -29,6 +30,14 @@ struct Count {
 }
 
 impl Effects for Count {
+    type Socket = ();
+    fn may_adopt(&self) -> bool {
+        true
+    }
+    fn restore(&mut self, _: &Numbers) -> Option<()> {
+        None
+    }
+    fn adopt(&mut self, _: FlowKey, (): (), _: Unfinished) {}
     fn send(&mut self, packet: &[u8]) {
         black_box(packet);
         self.packets += 1;

@@ -24,6 +24,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::adopt::{Adopted, OpenFlows};
 use crate::bpf::{self, Approvals, BpfError, Counters, GuardParams, LoadParams, Programs, XdpMode};
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
@@ -298,8 +299,12 @@ async fn attach_and_serve(
     tasks.spawn(destroy_stale(sockets, state.clone()));
     let approvals = Arc::new(programs.approvals()?);
     let (connections, snapshots) = Connections::new().context("cannot create an eventfd")?;
+    // One batch waits while one is begun with.
+    let (adopted, to_adopt) = mpsc::channel(1);
+    let epoch = state.clone();
     let served = tokio::spawn(services.run(
         state,
+        to_adopt,
         approvals as Arc<dyn FlowGate>,
         Arc::clone(&connections),
         Arc::clone(&metrics),
@@ -330,7 +335,7 @@ async fn attach_and_serve(
         }
     };
     let (engine, engine_thread) = start_engine(
-        config, netif, tap, programs, &metrics, &shared, link, warmer, took_over,
+        config, netif, tap, programs, &metrics, &shared, link, warmer, took_over, adopted, epoch,
     )?;
     let (notices, facts) = mpsc::unbounded_channel();
     let pulse_thread = start_pulse(
@@ -501,6 +506,8 @@ fn start_engine(
     link: Option<Link>,
     warmer: Warmer,
     took_over: mpsc::UnboundedSender<FlowsTookOver>,
+    adopted: mpsc::Sender<Vec<Adopted>>,
+    epoch: watch::Receiver<State>,
 ) -> Result<(EngineHandle, JoinHandle<()>), Fatal> {
     let services = |protocol| -> HashMap<u16, HandlerKind> {
         let services = config.services.iter();
@@ -536,6 +543,10 @@ fn start_engine(
             approvals: programs.approvals()?,
             live_flows: programs.live_flows()?,
             warmer,
+            adopted,
+            handed_over: Vec::new(),
+            open: OpenFlows::default(),
+            epoch,
             metrics: Arc::clone(metrics),
         },
         source: tap::frame_source(config, tap),

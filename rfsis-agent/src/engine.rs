@@ -12,16 +12,19 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
+use tokio::sync::mpsc::error::TrySendError;
 
+use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
 use crate::bpf::{Approvals, LiveFlows, LostFlows, RestWriter};
 use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::link::Link;
-use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
+use crate::metrics::{AdoptionResult, FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::relay::{Relay, syn_of};
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
+use crate::tcp_repair;
 use crate::warm::Warmer;
 
 /// Frames taken from the ring before commands and timers are looked at again.
@@ -117,11 +120,83 @@ pub struct KernelEffects {
     pub live_flows: LiveFlows,
     /// Clients whose next hop is to be kept resolved.
     pub warmer: Warmer,
+    /// Takes connections that are the kernel's now.
+    pub adopted: tokio::sync::mpsc::Sender<Vec<Adopted>>,
+    /// Those that are to be handed over together: to wake another thread takes as long as to make a socket.
+    pub handed_over: Vec<Adopted>,
+    /// Those of them that are open.
+    pub open: OpenFlows,
+    /// The node's state; what was seen of it last is the epoch of the live shadows.
+    pub epoch: tokio::sync::watch::Receiver<State>,
     /// Counters.
     pub metrics: Arc<Metrics>,
 }
 
+/// A kernel socket made of a shadow, and since when, ns.
+#[derive(Debug)]
+pub struct Restored {
+    socket: std::net::TcpStream,
+    since: Nanos,
+}
+
+impl KernelEffects {
+    /// Hands what was adopted over to its services.
+    fn hand_over(&mut self) {
+        if self.handed_over.is_empty() {
+            return;
+        }
+        match self.adopted.try_reserve() {
+            Ok(room) => room.send(std::mem::take(&mut self.handed_over)),
+            // With the next ones.
+            Err(TrySendError::Full(())) => {}
+            // The agent ends: the sockets' FINs meet a closed gate.
+            Err(TrySendError::Closed(())) => self.handed_over.clear(),
+        }
+    }
+
+    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now. From a raw
+    /// socket to an own address it goes through the loopback device, past the programs.
+    fn pass_on(&self, packet: &[u8]) {
+        let sent = adopt::for_the_kernel(packet).map(|packet| self.socket.send(&packet));
+        // As good as lost on its way: the client repeats it.
+        if matches!(sent, Some(Err(_))) {
+            self.metrics.shadow_send_failures.inc();
+        }
+    }
+}
+
 impl Effects for KernelEffects {
+    type Socket = Restored;
+
+    fn may_adopt(&self) -> bool {
+        self.handed_over.is_empty()
+    }
+
+    fn restore(&mut self, numbers: &Numbers) -> Option<Restored> {
+        let since = sys::monotonic();
+        match tcp_repair::restore(numbers) {
+            Ok(socket) => Some(Restored { socket, since }),
+            Err(error) => {
+                self.metrics.adoptions.inc(AdoptionResult::Failed);
+                tracing::warn!(%error, "the kernel does not adopt a connection: it stays on its shadow");
+                None
+            }
+        }
+    }
+
+    fn adopt(&mut self, flow: FlowKey, restored: Restored, unfinished: Unfinished) {
+        self.handed_over.push(Adopted {
+            socket: restored.socket,
+            flow,
+            unfinished,
+            epoch: self.epoch.clone(),
+            entry: self.open.enter(flow),
+        });
+        self.metrics.adoptions.inc(AdoptionResult::Adopted);
+        let took = sys::monotonic().saturating_sub(restored.since);
+        self.metrics.adoption_duration.observe(took as f64 / 1e9);
+    }
+
     fn send(&mut self, packet: &[u8]) {
         // Not sent is as good as lost: TCP repeats it.
         if self.socket.send(packet).is_err() {
@@ -272,6 +347,7 @@ impl Engine {
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
             }
+            self.effects.hand_over();
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }
@@ -321,8 +397,13 @@ impl Engine {
                     if datagrams::is_udp(packet) {
                         return self.datagrams.process_frame(packet, direction, arrival);
                     }
-                    self.flows
-                        .process_frame(packet, direction, arrival, &mut self.effects)
+                    let result =
+                        self.flows
+                            .process_frame(packet, direction, arrival, &mut self.effects);
+                    if result == FrameResult::UnknownFlow && header.state == State::Active as u16 {
+                        self.effects.pass_on(packet);
+                    }
+                    result
                 },
             );
             drop(entry);
@@ -348,6 +429,8 @@ impl Engine {
 
     fn go_live(&mut self, at: Nanos) {
         self.relay.close();
+        // Before any command that follows: a state that comes later than this ends the epoch.
+        self.effects.epoch.borrow_and_update();
         // What was mirrored before the kernel took over belongs to the standby.
         while self.take_frames(BATCH, at) {}
         self.take_lost();
@@ -396,7 +479,12 @@ impl Engine {
 
     /// Counts the flows and shows the count; returns how long that took, ns.
     fn count(&mut self, started: Nanos) -> Nanos {
-        let census = self.flows.census();
+        let mut census = self.flows.census();
+        let guard = self.link.as_ref().map(|link| &link.guard);
+        census.unprotected += self
+            .effects
+            .open
+            .count(|flow| guard.is_none_or(|guard| !guard.guards(flow)));
         self.shared.set_census(census);
         let metrics = &self.metrics;
         for (condition, count) in [

@@ -7,11 +7,12 @@
 //! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
-//! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`metrics`],
-//! [`control`], [`tap`] (how frames reach the standby), [`tcp_repair`] (what a kernel
-//! socket knows), [`link`] (sync channel and ACK gate), [`warm`] (next
+//! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`adopt`] (a live
+//! shadow becomes one), [`tcp_repair`] (what a kernel socket knows), [`metrics`],
+//! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
 //! hops), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
+pub mod adopt;
 pub mod agent;
 pub mod announce;
 pub mod auth;

@@ -1,7 +1,7 @@
 //! System calls that no crate wraps safely. The only `unsafe` of the agent is here.
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -187,17 +187,17 @@ pub fn tcp_repair_window(socket: BorrowedFd<'_>) -> io::Result<RepairWindow> {
     get_tcp_option(socket, libc::TCP_REPAIR_WINDOW)
 }
 
-/// Sets an option of level IPPROTO_TCP that is one number. Errors are those of setsockopt(2); EPERM
+/// Sets an option of level IPPROTO_TCP that is made of 32-bit words. Errors are those of setsockopt(2); EPERM
 /// without CAP_NET_ADMIN where that is needed.
-pub fn set_tcp_option(socket: BorrowedFd<'_>, name: i32, value: i32) -> io::Result<()> {
-    // SAFETY: the pointer and the length describe `value`, which outlives the call.
+pub fn set_tcp_option(socket: BorrowedFd<'_>, name: i32, words: &[u32]) -> io::Result<()> {
+    // SAFETY: the pointer and the length describe `words`, which the kernel only reads, during the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::IPPROTO_TCP,
             name,
-            (&raw const value).cast(),
-            size_of::<i32>() as libc::socklen_t,
+            words.as_ptr().cast(),
+            size_of_val(words) as libc::socklen_t,
         )
     };
     if result < 0 {

@@ -33,6 +33,11 @@ pub struct TailProbe {
 }
 
 impl TailProbe {
+    /// Smoothed round trip, ns; 0 until one was measured.
+    pub fn round_trip(&self) -> Nanos {
+        self.round_trip
+    }
+
     /// Data up to `end` was sent, by the active or by this shadow.
     pub fn sent(&mut self, end: u32, now: Nanos) {
         self.timed.get_or_insert((end, now));

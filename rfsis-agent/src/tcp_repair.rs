@@ -1,4 +1,5 @@
-//! Reads the state of a running TCP socket without disturbing it (TCP_REPAIR: tcp(7), net/ipv4/tcp.c).
+//! Reads the state of a running TCP socket without disturbing it, and makes a socket from such numbers
+//! (TCP_REPAIR: tcp(7), `do_tcp_setsockopt` in net/ipv4/tcp.c).
 //!
 //! A socket in repair mode goes on receiving and acknowledging. Only what is written meanwhile is not sent,
 //! and nothing is: the caller owns both directions. While the queue to *send* is selected the kernel would
@@ -8,20 +9,33 @@
 //! Needs CAP_NET_ADMIN.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+use socket2::{Domain, Socket, Type};
 
+use crate::adopt::Numbers;
 use crate::lockstep::later;
 use crate::segment::Options;
+use crate::services::bound_buffers;
 use crate::sys;
 
 /// Queues, as TCP_REPAIR_QUEUE counts them (linux/tcp.h).
-const RECEIVE_QUEUE: i32 = 1;
-const SEND_QUEUE: i32 = 2;
+const RECEIVE_QUEUE: u32 = 1;
+const SEND_QUEUE: u32 = 2;
 /// Leave repair mode, and send no window probe.
-const REPAIR_OFF: i32 = -1;
-const REPAIR_ON: i32 = 1;
+const REPAIR_OFF: u32 = -1_i32 as u32;
+const REPAIR_ON: u32 = 1;
+
+/// Option kinds for `TCP_REPAIR_OPTIONS` (RFC 9293 section 3.1, RFC 7323, RFC 2018).
+const KIND_MSS: u32 = 2;
+const KIND_WINDOW: u32 = 3;
+const KIND_SACK: u32 = 4;
+const KIND_TIMESTAMP: u32 = 8;
+
+/// The kernel takes a segment size from here on (`TCP_MIN_MSS`, net/ipv4/tcp.c) up to its largest window.
+const MSS_RANGE: (u32, u32) = (88, 32_767);
 
 /// States in which both queues may still move (net/tcp_states.h).
 const ESTABLISHED: u8 = 1;
@@ -67,12 +81,12 @@ struct Repair<'fd>(BorrowedFd<'fd>);
 
 impl<'fd> Repair<'fd> {
     fn enter(socket: BorrowedFd<'fd>) -> io::Result<Self> {
-        sys::set_tcp_option(socket, libc::TCP_REPAIR, REPAIR_ON)?;
+        sys::set_tcp_option(socket, libc::TCP_REPAIR, &[REPAIR_ON])?;
         Ok(Self(socket))
     }
 
-    fn select(&self, queue: i32) -> io::Result<()> {
-        sys::set_tcp_option(self.0, libc::TCP_REPAIR_QUEUE, queue)
+    fn select(&self, queue: u32) -> io::Result<()> {
+        sys::set_tcp_option(self.0, libc::TCP_REPAIR_QUEUE, &[queue])
     }
 
     fn sequence(&self) -> io::Result<u32> {
@@ -82,14 +96,68 @@ impl<'fd> Repair<'fd> {
 
 impl Drop for Repair<'_> {
     fn drop(&mut self) {
-        // Leaving clears SO_REUSEADDR too, without which a restarted agent could not listen beside what is
-        // left of this connection.
-        let left = sys::set_tcp_option(self.0, libc::TCP_REPAIR, REPAIR_OFF)
-            .and_then(|()| Ok(setsockopt(&self.0, sockopt::ReuseAddr, &true)?));
-        if let Err(error) = left {
+        if let Err(error) = leave(self.0) {
             tracing::warn!(%error, "a socket does not leave repair mode");
         }
     }
+}
+
+/// Leaving clears SO_REUSEADDR too, without which a restarted agent could not listen beside what is left of
+/// this connection.
+fn leave(socket: BorrowedFd<'_>) -> io::Result<()> {
+    sys::set_tcp_option(socket, libc::TCP_REPAIR, &[REPAIR_OFF])?;
+    Ok(setsockopt(&socket, sockopt::ReuseAddr, &true)?)
+}
+
+/// Makes a connected socket, non-blocking, from numbers. Sends nothing, and if it fails leaves nothing behind.
+///
+/// # Errors
+/// The system's: EPERM without CAP_NET_ADMIN, EADDRNOTAVAIL if the kernel has such a connection already.
+pub fn restore(numbers: &Numbers) -> io::Result<TcpStream> {
+    let Numbers { flow, vip, .. } = *numbers;
+    let service = SocketAddrV4::new(vip, flow.service_port);
+    let client = SocketAddrV4::new(Ipv4Addr::from(flow.client_addr), flow.client_port);
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
+    bound_buffers(&socket)?;
+    socket.set_tcp_nodelay(true)?;
+    // Else the segment size stays what it is before a handshake: `tcp_connect_init` sets it, from this, and
+    // TCP_REPAIR_OPTIONS only what it may become.
+    let mss = u32::from(numbers.mss).clamp(MSS_RANGE.0, MSS_RANGE.1);
+    socket.set_tcp_mss(mss)?;
+    let set = |option, words: &[u32]| sys::set_tcp_option(socket.as_fd(), option, words);
+    // From here on closing the socket says nothing to anybody.
+    set(libc::TCP_REPAIR, &[REPAIR_ON])?;
+    set(libc::TCP_REPAIR_QUEUE, &[SEND_QUEUE])?;
+    set(libc::TCP_QUEUE_SEQ, &[numbers.snd_nxt])?;
+    set(libc::TCP_REPAIR_QUEUE, &[RECEIVE_QUEUE])?;
+    set(libc::TCP_QUEUE_SEQ, &[numbers.rcv_nxt])?;
+    // Repair binds beside the listener; SO_REUSEADDR would end that.
+    socket.bind(&service.into())?;
+    socket.connect(&client.into())?;
+    let (client_shift, own_shift) = numbers.shifts.unwrap_or((0, 0));
+    let shifts = u32::from(client_shift) | u32::from(own_shift) << 16;
+    let mut options = vec![KIND_MSS, mss, KIND_WINDOW, shifts];
+    if numbers.sack {
+        options.extend([KIND_SACK, 0]);
+    }
+    if numbers.tsval.is_some() {
+        options.extend([KIND_TIMESTAMP, 0]);
+    }
+    set(libc::TCP_REPAIR_OPTIONS, &options)?;
+    if let Some(tsval) = numbers.tsval {
+        // An odd one would make the clock tick in microseconds.
+        set(libc::TCP_TIMESTAMP, &[tsval.wrapping_add(tsval & 1)])?;
+    }
+    let Numbers {
+        snd_wnd,
+        rcv_wnd,
+        rcv_nxt,
+        ..
+    } = *numbers;
+    let window = [rcv_nxt, snd_wnd, snd_wnd, rcv_wnd, rcv_nxt];
+    set(libc::TCP_REPAIR_WINDOW, &window)?;
+    leave(socket.as_fd())?;
+    Ok(socket.into())
 }
 
 /// Reads a socket from which nobody reads, and to which nobody writes, meanwhile.

@@ -68,6 +68,20 @@ impl Pulse {
     /// # Errors
     /// When the connection was reset, or an echo was wrong or missing.
     pub fn finish(self) -> Result<Blackout> {
+        let echoes = self.end()?;
+        Ok(Blackout {
+            longest: echoes
+                .longest_gap(None, None)
+                .context("fewer than two echoes")?,
+            spoken: echoes.0.len() as u64,
+        })
+    }
+
+    /// Ends the connection properly and returns when each echo came.
+    ///
+    /// # Errors
+    /// When the connection was reset, or an echo was wrong or missing.
+    pub fn end(self) -> Result<Echoes> {
         self.over.store(true, Ordering::Relaxed);
         let spoken = self.speaker.join().ok().context("the speaker panicked")??;
         let echoes = self
@@ -80,11 +94,21 @@ impl Pulse {
             "{} of {spoken} echoes",
             echoes.len()
         );
-        let gaps = echoes.windows(2).map(|pair| pair[1] - pair[0]);
-        Ok(Blackout {
-            longest: gaps.max().context("fewer than two echoes")?,
-            spoken,
-        })
+        Ok(Echoes(echoes))
+    }
+}
+
+/// When each echo came.
+#[derive(Clone, Debug)]
+pub struct Echoes(Vec<Instant>);
+
+impl Echoes {
+    /// Longest time between two echoes, of those that begins in the time given; `None` if none does.
+    pub fn longest_gap(&self, from: Option<Instant>, until: Option<Instant>) -> Option<Duration> {
+        let pairs = self.0.windows(2);
+        let pairs = pairs.filter(|pair| from.is_none_or(|from| pair[0] >= from));
+        let pairs = pairs.filter(|pair| until.is_none_or(|until| pair[0] < until));
+        pairs.map(|pair| pair[1] - pair[0]).max()
     }
 }
 

@@ -125,7 +125,10 @@ fn status_and_metrics_tell_the_story_of_a_takeover(wiring: Wiring) {
             .as_f64()
             .is_some_and(|s| s > 0.0 && s < 10.0)
     );
-    pair.backup.wait_flows("live", 1);
+    let adopted = [("result", "adopted")];
+    pair.backup
+        .wait_metric("rfsis_adoptions_total", &adopted, 1.0);
+    pair.backup.wait_flows("unprotected", 1);
 
     let scrape = pair.backup.metrics();
     assert_eq!(scrape.sum("rfsis_state", &[("state", "active")]), 1.0);
@@ -140,7 +143,7 @@ fn status_and_metrics_tell_the_story_of_a_takeover(wiring: Wiring) {
         scrape.sum("rfsis_takeover_duration_seconds_count", &[]),
         1.0
     );
-    assert_eq!(scrape.sum("rfsis_flows", &[("condition", "live")]), 1.0);
+    assert_eq!(scrape.sum("rfsis_flows", &[("condition", "live")]), 0.0);
     assert!(scrape.sum("rfsis_gate_packets_total", &[("verdict", "passed")]) > 0.0);
     assert_eq!(scrape.sum("rfsis_ring_dropped_total", &[]), 0.0);
     assert_eq!(scrape.sum("rfsis_flow_resets_total", &[]), 0.0);

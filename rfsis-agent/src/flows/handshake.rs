@@ -53,7 +53,8 @@ impl Flows {
             // one that has ended belongs to the kernel; the client's next try finds the way free.
             let ended = match self.flows.get(&flow) {
                 Some(Flow::Shadow(shadow)) => shadow.has_ended(),
-                _ => true,
+                Some(Flow::Unprotected { .. }) => true,
+                None => return false,
             };
             if ended {
                 self.remove(flow, fx);

@@ -7,12 +7,14 @@
 //!  SYN ──► opening ──(SYN-ACK of the active)──► opening, in LIVE_FLOWS
 //!                          │
 //!                          └─(client's ACK, or takeover)──► shadow ──► closed, reaped
+//!                                                             └─(live)──► kernel socket
 //!  segment of an unknown flow from the active ──► unprotected ──(its snapshot)──► shadow
 //! ```
 //!
 //! Nothing is built for a connection before its handshake is complete, so a SYN flood costs an
 //! entry of fixed size in a bounded table.
 
+mod adoption;
 mod handshake;
 #[cfg(test)]
 mod lab;
@@ -27,8 +29,10 @@ use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use smoltcp::socket::tcp::State;
 
+use self::adoption::Moves;
 use self::handshake::{Habit, Opening, near};
 use self::late::Arrival;
+use crate::adopt::{Numbers, Unfinished};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, later};
@@ -92,6 +96,14 @@ pub struct FlowsConfig {
 
 /// What the flows do to the world.
 pub trait Effects {
+    /// A connected kernel socket.
+    type Socket;
+    /// Whether the services have begun with what they were given.
+    fn may_adopt(&self) -> bool;
+    /// Makes a kernel socket that goes on with these numbers; `None` if the kernel refuses. Sends nothing.
+    fn restore(&mut self, numbers: &Numbers) -> Option<Self::Socket>;
+    /// Gives a restored socket to its service. The flow was released before.
+    fn adopt(&mut self, flow: FlowKey, socket: Self::Socket, unfinished: Unfinished);
     /// Sends a whole IPv4 packet from the VIP.
     fn send(&mut self, packet: &[u8]);
     /// Lets FIN and RST of this flow pass the gate. Always before such a packet is sent.
@@ -191,6 +203,7 @@ pub struct Flows {
     next_warm: Nanos,
     /// Resets to be repeated, earliest first.
     resets: VecDeque<(Nanos, Vec<u8>)>,
+    moves: Moves,
     /// Live flows that turned out to lack bytes, and were reset.
     gave_up: u64,
     /// Flows to be confirmed, and what else the active's ACK gate is to hear.
@@ -230,6 +243,7 @@ impl Flows {
             next_sweep: 0,
             next_warm: 0,
             resets: VecDeque::new(),
+            moves: Moves::default(),
             gave_up: 0,
             touched: Vec::new(),
             tells: Vec::new(),
@@ -475,6 +489,7 @@ impl Flows {
         self.gave_up += u64::from(shadow.has_given_up());
         let closed = shadow.is_closed();
         let reset = shadow.was_reset();
+        let rested = shadow.has_rested();
         let wakeup = (self.live && !closed)
             .then(|| shadow.next_wakeup(now))
             .flatten()
@@ -484,6 +499,9 @@ impl Flows {
                 fx.approve(flow);
             }
             fx.send(&outgoing.packet);
+        }
+        if rested {
+            self.moves.hurry(flow);
         }
         if self.live {
             self.set_timer(flow, wakeup);
@@ -525,6 +543,7 @@ impl Flows {
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
         self.set_timer(flow, None);
+        self.moves.remove(flow);
         fx.release(flow);
     }
 
@@ -596,6 +615,7 @@ impl Flows {
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
+                        self.moves.add(flow, now);
                         if shadow.go_live(now) {
                             speakers.push((shadow.last_activity(), flow));
                         }
@@ -639,6 +659,7 @@ impl Flows {
         self.timer_of.clear();
         self.opening_order.clear();
         self.resets.clear();
+        self.moves.clear();
         self.touched.clear();
         self.tells.clear();
         self.bytes = 0;
@@ -672,10 +693,12 @@ impl Flows {
     pub fn next_wakeup(&self) -> Nanos {
         let timer = self.timers.first().map_or(Nanos::MAX, |(at, _)| *at);
         let reset = self.resets.front().map_or(Nanos::MAX, |(at, _)| *at);
-        timer.min(reset).min(self.next_sweep)
+        let moves = self.moves.next_wakeup();
+        timer.min(reset).min(self.next_sweep).min(moves)
     }
 
-    /// Time has passed: timers of live flows, and once a second what has ended is reaped.
+    /// Time has passed: timers of live flows, some that the kernel can adopt, and once a second what has
+    /// ended is reaped.
     pub fn poll(&mut self, now: Nanos, fx: &mut impl Effects) {
         let now = self.advance(now);
         // A timer that is due again at once waits for the next call, so this ends.
@@ -698,6 +721,7 @@ impl Flows {
             self.sweep(now, fx);
             self.sweep_arrivals(now);
         }
+        self.adopt_some(now, fx);
     }
 
     fn sweep(&mut self, now: Nanos, fx: &mut impl Effects) {

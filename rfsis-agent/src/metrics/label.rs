@@ -159,7 +159,7 @@ label! {
         Lagging = "lagging",
         /// The shadow's bytes differ from what the active sent.
         Diverged = "diverged",
-        /// Without a shadow.
+        /// Without a shadow, or adopted by the kernel and not guarded since.
         Unprotected = "unprotected",
         /// Carried by the shadow since a takeover.
         Live = "live",
@@ -177,6 +177,16 @@ label! {
         Unprotected = "unprotected",
         /// Its handler's output cannot be computed on two nodes.
         Unpredictable = "unpredictable",
+    }
+}
+
+label! {
+    /// What became of a live shadow that the kernel was to adopt.
+    AdoptionResult {
+        /// It is a kernel socket.
+        Adopted = "adopted",
+        /// The kernel refused; it goes on as it is.
+        Failed = "failed",
     }
 }
 

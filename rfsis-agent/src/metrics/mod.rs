@@ -23,8 +23,9 @@ use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 use crate::bpf::XdpMode;
 pub use http::{BindError, Readiness, bind, serve};
 pub use label::{
-    DatagramResult, FlowCondition, FrameResult, GuardCondition, HeartbeatReceived, HeartbeatSent,
-    JoinResult, Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived, SyncSent,
+    AdoptionResult, DatagramResult, FlowCondition, FrameResult, GuardCondition, HeartbeatReceived,
+    HeartbeatSent, JoinResult, Label, Protection, ReplayResult, ResetReason, Ring, SyncReceived,
+    SyncSent,
 };
 
 /// Bounds of `rfsis_takeover_duration_seconds`, seconds.
@@ -34,6 +35,11 @@ const TAKEOVER_BUCKETS: [f64; 14] = [
 
 /// Bounds of `rfsis_late_join_duration_seconds`, seconds.
 const JOIN_BUCKETS: [f64; 10] = [200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 20e-3, 0.1, 0.5, 2.0, 10.0];
+
+/// Bounds of `rfsis_adoption_duration_seconds`, seconds.
+const ADOPTION_BUCKETS: [f64; 11] = [
+    5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3,
+];
 
 /// One counter for each value of a label.
 #[derive(Clone, Debug)]
@@ -153,6 +159,10 @@ pub struct Metrics {
     pub flows_refused: IntCounter,
     /// `rfsis_flow_resets_total{reason}`.
     pub flow_resets: Counters<ResetReason>,
+    /// `rfsis_adoptions_total{result}`.
+    pub adoptions: Counters<AdoptionResult>,
+    /// `rfsis_adoption_duration_seconds`.
+    pub adoption_duration: Histogram,
     /// `rfsis_shadow_lag_bytes`.
     pub shadow_lag: IntGauge,
     /// `rfsis_shadow_bytes`.
@@ -288,6 +298,18 @@ impl Metrics {
                 "Flows reset at a takeover.",
                 "reason",
             )?,
+            adoptions: family.labelled_counters(
+                "rfsis_adoptions_total",
+                "Live shadows that became kernel sockets, or should have.",
+                "result",
+            )?,
+            adoption_duration: family.register(Histogram::with_opts(
+                HistogramOpts::new(
+                    "rfsis_adoption_duration_seconds",
+                    "From a live shadow's numbers to a kernel socket at its service.",
+                )
+                .buckets(ADOPTION_BUCKETS.to_vec()),
+            )?)?,
             shadow_lag: family.integer(
                 "rfsis_shadow_lag_bytes",
                 "Bytes that the active acknowledged and the shadows lack.",

@@ -52,6 +52,8 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_guarded_flows", "gauge"),
         ("rfsis_protection", "gauge"),
         ("rfsis_flow_resets_total", "counter"),
+        ("rfsis_adoptions_total", "counter"),
+        ("rfsis_adoption_duration_seconds", "histogram"),
         ("rfsis_shadow_lag_bytes", "gauge"),
         ("rfsis_shadow_bytes", "gauge"),
         ("rfsis_late_joins_total", "counter"),

@@ -5,7 +5,7 @@
 //!
 //! - no FIN or RST of a connection leaves before the flow is approved ([`FlowGate`]), so that a crash
 //!   says nothing to the client;
-//! - a connection belongs to the epoch in which it was accepted: once the node is not active any more
+//! - a connection belongs to the epoch in which it was accepted, or adopted from a shadow: once the node is not active any more
 //!   the peer carries it on, and the socket here is aborted in silence, behind the closed gate.
 
 mod connections;
@@ -23,23 +23,25 @@ use nix::sys::socket::{SetSockOpt as _, sockopt};
 use rfsis_common::maps::{FlowKey, State};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::adopt::Adopted;
 use crate::cli::Fatal;
 use crate::config::{Protocol, Service};
 use crate::handler::HandlerKind;
 use crate::metrics::Metrics;
 pub use connections::{Connections, Snapshots, Taken};
 pub(crate) use datagram::LoopSources;
+use stream::Start;
 
 /// `SO_SNDBUF` of a connection, bytes: a shadow must be able to hold what a kernel socket holds. The
 /// kernel doubles the number for its own bookkeeping, socket(7).
 const SEND_BUFFER: usize = 128 * 1024;
 /// `SO_RCVBUF` likewise. It bounds what a client may have under way, and with an ACK gate that lasts until
 /// the standby has confirmed it. A shadow stores [`crate::shadow::REORDER_LIMIT`] of input.
-const RECEIVE_BUFFER: usize = 512 * 1024;
+pub(crate) const RECEIVE_BUFFER: usize = 512 * 1024;
 /// Handshakes done and not yet accepted; `net.core.somaxconn` bounds it too.
 const BACKLOG: i32 = 4096;
 /// Pause after an accept or receive error that will not go away by itself, such as EMFILE.
@@ -161,9 +163,12 @@ impl Services {
     /// `state` must say `Active` before the XDP program lets clients through, and must be sent only
     /// when the state changes: *every* send ends the epoch of the connections that are open, so that
     /// a quick way out of `Active` and back is not overlooked. They are aborted without approval.
+    ///
+    /// What comes by `adopted` is served as if it had been accepted.
     pub async fn run(
         self,
         state: watch::Receiver<State>,
+        mut adopted: mpsc::Receiver<Vec<Adopted>>,
         gate: Arc<dyn FlowGate>,
         connections: Arc<Connections>,
         metrics: Arc<Metrics>,
@@ -185,20 +190,35 @@ impl Services {
             let cancel = cancel.clone();
             tasks.spawn(async move { cancel.run_until_cancelled(answerer.run(socket)).await });
         }
+        let host = Host {
+            gate,
+            connections,
+            tasks: tasks.clone(),
+            cancel: cancel.clone(),
+        };
         for (bound, listener) in self.streams {
             let acceptor = Acceptor {
                 accepted: metrics.connections(&bound.name),
                 errors: metrics.accept_errors(&bound.name),
                 bound,
                 state: state.clone(),
-                gate: Arc::clone(&gate),
-                connections: Arc::clone(&connections),
-                tasks: tasks.clone(),
-                cancel: cancel.clone(),
+                host: host.clone(),
             };
             let cancel = cancel.clone();
             tasks.spawn(async move { cancel.run_until_cancelled(acceptor.run(listener)).await });
         }
+        tasks.spawn(async move {
+            let adopt = async {
+                while let Some(batch) = adopted.recv().await {
+                    for connection in batch {
+                        host.adopt(connection);
+                    }
+                    // Behind them: who is served already does not wait for more than these.
+                    tokio::task::yield_now().await;
+                }
+            };
+            cancel.run_until_cancelled(adopt).await;
+        });
         tasks.close();
         tasks.wait().await;
     }
@@ -210,10 +230,7 @@ struct Acceptor {
     accepted: prometheus::IntCounter,
     errors: prometheus::IntCounter,
     state: watch::Receiver<State>,
-    gate: Arc<dyn FlowGate>,
-    connections: Arc<Connections>,
-    tasks: TaskTracker,
-    cancel: CancellationToken,
+    host: Host,
 }
 
 impl Acceptor {
@@ -247,11 +264,48 @@ impl Acceptor {
             client_port: client.port(),
             service_port,
         };
-        if let Err(error) = self.gate.revoke(flow) {
-            tracing::warn!(?flow, %error, "an old approval of these numbers stays");
-        }
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(?flow, %error, "TCP_NODELAY is not set");
+        }
+        let state = self.state.clone();
+        let start = Start::of(self.bound.handler.stream());
+        self.host.serve(stream, flow, start, state);
+    }
+}
+
+/// What every connection's task needs.
+#[derive(Clone)]
+struct Host {
+    gate: Arc<dyn FlowGate>,
+    connections: Arc<Connections>,
+    tasks: TaskTracker,
+    cancel: CancellationToken,
+}
+
+impl Host {
+    /// Goes on with a connection that was a shadow's.
+    fn adopt(&self, adopted: Adopted) {
+        let (flow, unfinished) = (adopted.flow, adopted.unfinished);
+        let stream = match TcpStream::from_std(adopted.socket) {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Dropped without approval: the gate holds its FIN.
+                tracing::warn!(?flow, %error, "an adopted connection cannot be served");
+                return;
+            }
+        };
+        let start = Start {
+            handler: unfinished.handler,
+            input: unfinished.input,
+            entry: Some(adopted.entry),
+        };
+        self.serve(stream, flow, start, adopted.epoch);
+    }
+
+    /// Serves a connection until any change from what was seen of `state`.
+    fn serve(&self, stream: TcpStream, flow: FlowKey, start: Start, state: watch::Receiver<State>) {
+        if let Err(error) = self.gate.revoke(flow) {
+            tracing::warn!(?flow, %error, "an old approval of these numbers stays");
         }
         let connection = stream::Connection {
             stream,
@@ -260,11 +314,10 @@ impl Acceptor {
             connections: Arc::clone(&self.connections),
         };
         let epoch = Epoch {
-            state: self.state.clone(),
+            state,
             cancel: self.cancel.clone(),
         };
-        self.tasks
-            .spawn(connection.serve(self.bound.handler.stream(), epoch));
+        self.tasks.spawn(connection.serve(start, epoch));
     }
 }
 
@@ -285,16 +338,21 @@ impl Epoch {
 fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
-    // Before listen: accepted sockets inherit them, and the window scale is chosen from the first.
-    // Beyond `net.core.rmem_max` where that is allowed; the agent may.
-    if sockopt::RcvBufForce.set(&socket, &RECEIVE_BUFFER).is_err() {
-        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
-    }
-    socket.set_send_buffer_size(SEND_BUFFER)?;
+    // Before listen: accepted sockets inherit them, and the window scale is chosen from them.
+    bound_buffers(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     TcpListener::from_std(socket.into())
+}
+
+/// Gives a connection's socket, or a listener, its buffers.
+pub(crate) fn bound_buffers(socket: &Socket) -> io::Result<()> {
+    // Beyond `net.core.rmem_max` where that is allowed; the agent may.
+    if sockopt::RcvBufForce.set(socket, &RECEIVE_BUFFER).is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    }
+    socket.set_send_buffer_size(SEND_BUFFER)
 }
 
 fn open_udp(address: SocketAddrV4) -> io::Result<UdpSocket> {

@@ -12,6 +12,7 @@ use tokio::task::coop::consume_budget;
 
 use super::connections::{Asked, Turn};
 use super::{Connections, Epoch, FlowGate};
+use crate::adopt::OpenFlow;
 use crate::handler::StreamHandler;
 
 /// Most bytes of the client that wait for the handler, and of the handler that wait for the client.
@@ -23,6 +24,26 @@ const REST: Duration = Duration::from_millis(100);
 /// After the answer is complete a client may be silent for this long before it is cut.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Where a connection's service begins.
+pub(super) struct Start {
+    pub handler: Box<dyn StreamHandler>,
+    /// What was read already and is still to be handled.
+    pub input: Vec<u8>,
+    /// Of a connection that was adopted.
+    pub entry: Option<OpenFlow>,
+}
+
+impl Start {
+    /// At the beginning.
+    pub(super) fn of(handler: Box<dyn StreamHandler>) -> Self {
+        Self {
+            handler,
+            input: Vec::new(),
+            entry: None,
+        }
+    }
+}
+
 /// A connection in the epoch in which it was accepted.
 pub(super) struct Connection {
     pub stream: TcpStream,
@@ -33,17 +54,22 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Serves until both sides are done, something fails, or the epoch ends.
-    pub(super) async fn serve(mut self, mut handler: Box<dyn StreamHandler>, epoch: Epoch) {
+    pub(super) async fn serve(mut self, start: Start, epoch: Epoch) {
+        let Start {
+            mut handler,
+            input,
+            entry: _entry,
+        } = start;
         tokio::select! {
             biased;
             () = epoch.ended() => abort(&self.stream),
-            () = self.converse(&mut *handler) => {}
+            () = self.converse(&mut *handler, input) => {}
         }
     }
 
-    async fn converse(&mut self, handler: &mut dyn StreamHandler) {
+    async fn converse(&mut self, handler: &mut dyn StreamHandler, input: Vec<u8>) {
         let asked = self.connections.register(self.flow);
-        let outcome = exchange(&self.stream, handler, &asked).await;
+        let outcome = exchange(&self.stream, handler, Buffer::of(input), &asked).await;
         drop(asked);
         // All that follows may send a FIN or RST: the half-close, and the drop that closes.
         if let Err(error) = self.gate.approve(self.flow) {
@@ -87,9 +113,9 @@ pub(super) fn abort(stream: &TcpStream) {
 async fn exchange(
     stream: &TcpStream,
     handler: &mut dyn StreamHandler,
+    mut input: Buffer,
     asked: &Asked,
 ) -> io::Result<()> {
-    let mut input = Buffer::default();
     let mut output = Buffer::default();
     let mut eof = false;
     let mut finished = false;
@@ -170,7 +196,8 @@ async fn ready(stream: &TcpStream, interest: Interest, asked: &Asked) -> io::Res
     }
 }
 
-/// Bytes in order, at most [`BUFFER_LIMIT`]; without memory while it is empty and released.
+/// Bytes in order, at most [`BUFFER_LIMIT`] unless it began with more; without memory while it is empty and
+/// released.
 #[derive(Default)]
 struct Buffer {
     data: Vec<u8>,
@@ -179,6 +206,15 @@ struct Buffer {
 }
 
 impl Buffer {
+    fn of(data: Vec<u8>) -> Self {
+        let end = data.len();
+        Self {
+            data,
+            start: 0,
+            end,
+        }
+    }
+
     fn bytes(&self) -> &[u8] {
         &self.data[self.start..self.end]
     }
@@ -188,7 +224,7 @@ impl Buffer {
     }
 
     fn is_full(&self) -> bool {
-        self.end - self.start == BUFFER_LIMIT
+        self.end - self.start >= BUFFER_LIMIT
     }
 
     /// Free space behind the bytes; empty only when the buffer is full.

@@ -154,6 +154,7 @@ impl Shadow {
         if !clamped.stale {
             self.disbelieved = 0;
             self.claimed = None;
+            self.note_exact(cx.now);
             // The furthest edge counts: a window does not shrink (RFC 9293 section 3.8.6), so one that
             // ends earlier is older. If it was meant, the bytes beyond it are repeated until they are
             // taken; a smoltcp that believes it while bytes are in flight would never repeat them.
@@ -284,6 +285,9 @@ impl Shadow {
     /// Runs the handler until it neither takes nor writes. Returns whether it did.
     pub(super) fn run_handler(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = false;
+        if self.resting {
+            return moved;
+        }
         loop {
             let socket = self.sockets.get_mut::<Socket<'static>>(self.socket);
             let queued = socket.recv_queue();

@@ -15,7 +15,12 @@ use super::{BUFFER, Context, FAR, Outgoing, REORDER_LIMIT, Shadow, Source, tcp_e
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, distance, later, window_field};
 use crate::metrics::ResetReason;
+use crate::services::RECEIVE_BUFFER;
 use crate::wire::{bare_repr, emit_packet, instant};
+
+/// How far beyond what is held here a kernel socket of a service can have promised to go, bytes: a whole
+/// window that the standby lacks, and another. The kernel doubles SO_RCVBUF, socket(7).
+const KERNEL_WINDOW: u32 = 2 * 2 * RECEIVE_BUFFER as u32;
 
 impl Shadow {
     /// Whether the flow can go on at takeover, else why not.
@@ -54,10 +59,16 @@ impl Shadow {
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
     pub fn go_live(&mut self, now: Nanos) -> bool {
         self.live = true;
-        if self.handshake.guarded
-            && let Some(clock) = &mut self.clock
-        {
-            clock.leap(now);
+        self.live_since = now;
+        if self.handshake.guarded {
+            if let Some(clock) = &mut self.clock {
+                clock.leap(now);
+            }
+            // What was confirmed is more than the active's kernel can have promised of it.
+            let most = self.held_next().wrapping_add(KERNEL_WINDOW);
+            if before(most, self.active_edge) {
+                self.active_edge = most;
+            }
         }
         // Only a handler that was not run so far can have something to write.
         let starts = matches!(self.source, Source::Active { complete: false });

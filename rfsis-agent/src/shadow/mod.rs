@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Read `client.rs` (what the client sent), `active.rs` (what the active sent), `live.rs` (what a live
-//! shadow says), `restored.rs` (one that begins in the middle); here is what they share: the numbers, and the edge to smoltcp.
+//! shadow says), `adoption.rs` (when it becomes a kernel socket), `restored.rs` (one that begins in the
+//! middle); here is what they share: the numbers, and the edge to smoltcp.
 //!
 //! While standby only smoltcp's ingress runs, never its egress or timers: nothing counts as sent,
 //! so nothing backs off, and the first thing after a takeover is everything unacknowledged.
@@ -21,6 +22,7 @@
 //! shadow are made from it.
 
 mod active;
+mod adoption;
 mod client;
 mod live;
 mod restored;
@@ -46,6 +48,7 @@ use crate::sync::{Confirm, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
+pub use adoption::{Readiness, Shell};
 pub use live::{probe_packet, reset_packet};
 
 /// Receive and send buffer of a shadow, bytes. One byte short of 64 KiB, so that smoltcp's own
@@ -203,6 +206,12 @@ pub struct Shadow {
     touched: bool,
     exposed: bool,
     live: bool,
+    /// When it went live, ns.
+    live_since: Nanos,
+    /// The client has said what it has got since all that the active had sent must have arrived.
+    exact: bool,
+    /// The handler rests until everything is acknowledged.
+    resting: bool,
     gave_up: bool,
     reset: bool,
     wants_ack: bool,
@@ -365,6 +374,9 @@ impl Shadow {
             touched: false,
             exposed: false,
             live: false,
+            live_since: 0,
+            exact: false,
+            resting: false,
             gave_up: false,
             reset: false,
             wants_ack: false,

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod ack_gate;
+mod adopt;
 mod attach;
 mod frames;
 mod host;

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  client stack ──► wire (loss, jitter, duplicates) ──► hub ──► active stack | heir's kernel
-//!                                                        └────► tap (loss, swaps) ──► Flows
+//!                                                        └────► tap (loss, swaps) ──► Flows ──► heir's kernel
 //! ```
 //!
 //! Everything that a live shadow sends is checked against what the flow's active had promised.
@@ -20,17 +20,21 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Instant;
 use smoltcp::wire::{
     HardwareAddress, IpAddress, IpCidr, Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
+    TcpTimestampRepr,
 };
 
+use self::kernel::Adopted;
 use super::{Effects, Flow, Flows, FlowsConfig, TakeoverReport};
+use crate::adopt::{Numbers, Unfinished};
 use crate::handler::{HandlerKind, StreamHandler, chargen_fill};
 use crate::heartbeat::Nanos;
-use crate::lockstep::{before, distance, later};
+use crate::lockstep::{before, distance, later, window_field};
 use crate::segment::{Segment, flow_key, parse};
-use crate::wire::{emit_packet, instant};
+use crate::wire::{bare_repr, emit_packet, instant};
 
 mod app;
 mod gate;
+mod kernel;
 mod stack;
 mod world;
 
@@ -139,6 +143,7 @@ pub struct Lab {
     heir: Host,
     servers: Vec<Server>,
     heir_servers: Vec<Server>,
+    adopted: Vec<Adopted>,
     pub conns: Vec<Conn>,
     pub flows: Flows,
     pub world: World,
@@ -192,6 +197,7 @@ impl Lab {
             heir: Host::new(VIP, seed ^ 3, now, false),
             servers: vec![],
             heir_servers: vec![],
+            adopted: vec![],
             conns: vec![],
             flows: Flows::new(config).unwrap(),
             world: World::default(),
@@ -303,7 +309,7 @@ impl Lab {
                     self.syn_arrives(packet);
                 }
                 if self.taken_over && !self.world.live.contains(&flow) {
-                    self.heir.receive(packet);
+                    self.heir_of(flow, segment.syn).receive(packet);
                 } else if self.taken_over || self.is_copied(packet, direction.into()) {
                     self.tap(packet, direction.into());
                 }
@@ -377,7 +383,27 @@ impl Lab {
         self.confirm();
     }
 
+    /// The stack that has this flow; a SYN ends what was adopted.
+    fn heir_of(&mut self, flow: FlowKey, syn: bool) -> &mut Host {
+        if syn {
+            self.adopted.retain(|adopted| adopted.flow != flow);
+        }
+        let adopted = self.adopted.iter_mut().find(|a| a.flow == flow);
+        adopted.map_or(&mut self.heir, |adopted| &mut adopted.host)
+    }
+
+    /// How many flows the kernel has taken.
+    pub fn adoptions(&self) -> usize {
+        self.adopted.len()
+    }
+
     fn collect(&mut self) {
+        for (numbers, unfinished) in std::mem::take(&mut self.world.adopted) {
+            // Services approve before they close.
+            self.world.approved.insert(numbers.flow);
+            let adopted = Adopted::new(&numbers, unfinished, self.now);
+            self.adopted.push(adopted);
+        }
         for packet in std::mem::take(&mut self.world.sent) {
             self.post(packet, Direction2::FromVip);
         }
@@ -395,6 +421,9 @@ impl Lab {
         at = at.min(self.gate_wakeup().max(now));
         for conn in &self.conns {
             at = at.min(conn.wakes_at(now));
+        }
+        for adopted in &mut self.adopted {
+            at = at.min(adopted.host.poll_at(now));
         }
         self.now = at.max(now);
         self.events += 1;
@@ -434,7 +463,12 @@ impl Lab {
         for server in &mut self.heir_servers {
             server.run(&mut self.heir);
         }
-        for packet in self.heir.poll(self.now) {
+        let mut sent = self.heir.poll(self.now);
+        for Adopted { host, server, .. } in &mut self.adopted {
+            server.run(host);
+            sent.extend(host.poll(self.now));
+        }
+        for packet in sent {
             self.leave_heir(packet);
         }
     }

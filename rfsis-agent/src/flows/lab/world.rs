@@ -218,6 +218,23 @@ impl Track {
         );
         self.promise(ack, segment);
     }
+
+    /// Everything that a client could hold against a kernel socket with these numbers.
+    fn judge_numbers(&self, numbers: &Numbers) {
+        let first = self.client_isn.wrapping_add(1);
+        let taken = u64::from(numbers.rcv_nxt.wrapping_sub(first));
+        assert!(taken <= self.shown, "{taken} bytes of {}", self.shown);
+        assert!(!before(numbers.rcv_nxt, self.ack.unwrap()));
+        let edge = numbers.rcv_nxt.wrapping_add(numbers.rcv_wnd);
+        assert!(!before(edge, self.edge.unwrap()), "the window shrinks");
+        assert_eq!(numbers.sack, self.sack);
+        let shift = numbers.shifts.map(|(_, own)| own);
+        assert_eq!(shift, self.scaled.then_some(self.shift));
+        assert_eq!(numbers.tsval.is_some(), self.timestamps);
+        if let (Some(tsval), Some(last)) = (numbers.tsval, self.tsval) {
+            assert!(!before(tsval, last), "the timestamp steps back");
+        }
+    }
 }
 
 /// The world that the flows act on.
@@ -230,10 +247,34 @@ pub struct World {
     pub resets: Vec<FlowKey>,
     pub warmed: usize,
     pub live_limit: Option<usize>,
+    /// Whether the kernel takes live flows, and what it took.
+    pub adopts: bool,
+    pub refusals: usize,
+    pub adopted: Vec<(Numbers, Unfinished)>,
     pub(super) tracks: HashMap<FlowKey, Track>,
 }
 
 impl Effects for World {
+    type Socket = Numbers;
+
+    fn may_adopt(&self) -> bool {
+        true
+    }
+
+    fn restore(&mut self, numbers: &Numbers) -> Option<Numbers> {
+        if let Some(track) = self.tracks.get(&numbers.flow) {
+            track.judge_numbers(numbers);
+        }
+        self.refusals += usize::from(!self.adopts);
+        self.adopts.then_some(*numbers)
+    }
+
+    fn adopt(&mut self, flow: FlowKey, numbers: Numbers, unfinished: Unfinished) {
+        assert_eq!(numbers.flow, flow);
+        assert!(!self.live.contains(&flow), "its frames go to nobody");
+        self.adopted.push((numbers, unfinished));
+    }
+
     fn send(&mut self, packet: &[u8]) {
         let (flow, segment) = parse(packet, Direction::FromVip).expect("a sound packet");
         assert!(packet.len() <= MTU, "{} bytes on the wire", packet.len());

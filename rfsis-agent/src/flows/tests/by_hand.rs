@@ -566,3 +566,65 @@ fn an_unprotected_flow_that_both_sides_have_closed_is_lost_by_nobody_and_forgott
     hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
     assert!(hand.flows.flows.is_empty());
 }
+
+/// An acknowledgement from before all that the old active sent has arrived says too little.
+#[test]
+fn a_flow_is_adopted_only_after_its_client_was_heard_once_all_has_settled() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.world.adopts = true;
+    hand.live();
+    hand.client(4, TcpControl::None, b"", Some(4));
+    hand.said();
+    hand.flows.poll(hand.now, &mut hand.world);
+    hand.now += 300 * MS;
+    hand.flows.poll(hand.now, &mut hand.world);
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert_eq!(hand.world.adopted.len(), 0);
+    hand.now += MS;
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert_eq!(hand.said(), [(3, "", 0, 4)], "the client is asked");
+    hand.client(4, TcpControl::None, b"", Some(4));
+    hand.now += 100 * MS;
+    hand.flows.poll(hand.now, &mut hand.world);
+    let (_, unfinished) = &hand.world.adopted[0];
+    assert_eq!(unfinished.input, b"");
+}
+
+#[test]
+fn what_came_while_the_handler_rested_is_its_input_in_the_kernel() {
+    let mut hand = Hand::open(ECHO);
+    hand.world.adopts = true;
+    hand.live();
+    hand.flows.poll(hand.now, &mut hand.world);
+    hand.now += 300 * MS;
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    assert_eq!(hand.said(), [(1, "", 3, 4)]);
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert_eq!(hand.world.adopted.len(), 0, "the handler rests");
+    hand.client(4, TcpControl::Psh, b"def", Some(4));
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert_eq!(hand.world.adopted[0].1.input, b"def");
+}
+
+#[test]
+fn a_handler_does_not_rest_for_a_client_that_acknowledges_nothing() {
+    let mut hand = Hand::open(ECHO);
+    hand.world.adopts = true;
+    hand.live();
+    hand.flows.poll(hand.now, &mut hand.world);
+    hand.now += 300 * MS;
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.flows.poll(hand.now, &mut hand.world);
+    hand.said();
+    hand.client(4, TcpControl::Psh, b"def", Some(1));
+    let said = |hand: &mut Hand| {
+        let said = hand.said();
+        said.iter()
+            .any(|(seq, _, len, _)| *len > 0 && *seq as usize + *len > 4)
+    };
+    assert!(!said(&mut hand), "it rests");
+    hand.now += 110 * MS;
+    hand.flows.poll(hand.now, &mut hand.world);
+    assert!(said(&mut hand), "it goes on");
+}

@@ -92,6 +92,7 @@ fn history(seed: u64) {
     let _named = histories::Named(seed);
     let mut rng = Rng(seed ^ 0x5a5a);
     let mut lab = Lab::guarded(seed);
+    lab.world.adopts = seed.is_multiple_of(2);
     let rough = [0, 20, 200][rng.below(3) as usize];
     let lossy = [1, 5, 30][rng.below(3) as usize];
     lab.faults = Faults {

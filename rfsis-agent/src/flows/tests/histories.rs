@@ -19,6 +19,7 @@ fn history(seed: u64) -> (usize, usize) {
     let _named = Named(seed);
     let mut rng = Rng(seed);
     let mut lab = Lab::new(seed);
+    lab.world.adopts = seed.is_multiple_of(2);
     // Each service has answered somebody before, and has the same buffers for all.
     let service = Tweaks {
         active_buffer: 4096 << rng.below(8),

@@ -6,6 +6,7 @@ use smoltcp::wire::{TcpControl, TcpRepr};
 
 use crate::wire::bare_repr;
 
+mod adoption;
 mod by_hand;
 mod guarded;
 mod histories;

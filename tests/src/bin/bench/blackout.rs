@@ -73,7 +73,7 @@ fn blackout(settings: &Settings, death: Death) -> Result<Option<Duration>> {
     pair.primary_dies(&lab, death);
     // Nobody asks the backup how it does until it has done: that would take time from it.
     pulse.beat_on(STEADY);
-    pair.backup.wait_flows("live", 1);
+    pair.wait_takeover();
     let seen = pulse.finish().context("the connection did not survive")?;
     if seen.longest > FAR_OFF {
         let log = pair.backup.log();

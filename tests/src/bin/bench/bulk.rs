@@ -86,6 +86,25 @@ pub fn load(site: &Site, way: Way, connections: usize) -> Result<Bulk> {
     outcome
 }
 
+/// Gbit/s of payload on one open connection, once it has warmed up.
+///
+/// # Errors
+/// When it fails, or stands still.
+pub fn speed(client: &TcpStream, way: Way) -> Result<f64> {
+    let (moved, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let mover = scope.spawn(|| transfer(client, way, &moved, &stop));
+        std::thread::sleep(WARM_UP);
+        let (before, began) = (moved.load(Ordering::Relaxed), Instant::now());
+        std::thread::sleep(SPAN);
+        let (after, elapsed) = (moved.load(Ordering::Relaxed), began.elapsed());
+        stop.store(true, Ordering::Relaxed);
+        mover.join().ok().context("a client panicked")??;
+        ensure!(after > before, "a connection stood still for {elapsed:?}");
+        Ok((after - before) as f64 * 8.0 / 1e9 / elapsed.as_secs_f64())
+    })
+}
+
 fn observe(site: &Site, moved: &[AtomicU64]) -> Result<Bulk> {
     let bytes = || moved.iter().map(|each| each.load(Ordering::Relaxed));
     std::thread::sleep(WARM_UP);

@@ -4,6 +4,7 @@
 //! subject, then one line for each figure, `=> what | measured | target | met?`, which xtask gathers
 //! into the summary.
 
+mod adoption;
 mod blackout;
 mod bulk;
 mod capped;
@@ -31,6 +32,7 @@ const SUBJECTS: [(&str, Measure); 9] = [
     ("blackout", blackout::measure),
     ("switchover", switchover::measure),
     ("takeover", takeover::measure),
+    ("adoption", adoption::measure),
     ("upload", upload::measure),
     ("idle", idle::measure),
     ("capped", capped::measure),

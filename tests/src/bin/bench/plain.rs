@@ -98,6 +98,8 @@ pub fn serve() -> Result<()> {
         Services::bind(VIP, &services)?
             .run(
                 state,
+                // Nobody adopts anything here.
+                tokio::sync::mpsc::channel(1).1,
                 Arc::new(NoGate),
                 connections,
                 Arc::new(Metrics::new("bench")?),

@@ -221,7 +221,10 @@ pub fn pin_client() -> Result<()> {
 }
 
 /// Binds the threads that serve, and not those that watch over it.
-fn pin_service(process: u32, cpu: usize) -> Result<()> {
+///
+/// # Errors
+/// Of sched_setaffinity(2).
+pub fn pin_service(process: u32, cpu: usize) -> Result<()> {
     let threads = threads(process)?.into_iter();
     for thread in threads.filter(|thread| !thread.name.starts_with(OWN_THREADS)) {
         pin(thread.id, cpu)?;
@@ -246,6 +249,10 @@ fn cpus() -> Result<Vec<usize>> {
     Ok(cpus)
 }
 
-fn last_cpu() -> Result<usize> {
+/// The service's.
+///
+/// # Errors
+/// Of sched_getaffinity(2).
+pub fn last_cpu() -> Result<usize> {
     cpus()?.last().copied().context("no CPU")
 }

@@ -144,7 +144,7 @@ fn takeover(flows: usize) -> Result<Option<Takeover>> {
         say_and_hear(client, b"after\n").context("a connection that was idle at the kill")?;
     }
     let sample_answered = answered.elapsed();
-    let status = pair.backup.wait_flows("live", flows as u64);
+    let status = pair.backup.wait_state("active");
     let work = status["last_failover"]["duration_seconds"]
         .as_f64()
         .context("no last_failover in the status")?;
@@ -158,7 +158,7 @@ fn takeover(flows: usize) -> Result<Option<Takeover>> {
 }
 
 /// Connections to echo that have said a line and heard it.
-fn converse(lab: &Lab, count: usize) -> Result<Vec<TcpStream>> {
+pub fn converse(lab: &Lab, count: usize) -> Result<Vec<TcpStream>> {
     let mut clients = lab.client().run(|| -> Result<Vec<TcpStream>> {
         (0..count)
             .map(|number| {
@@ -184,7 +184,7 @@ fn say_and_hear(client: &mut TcpStream, line: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What the agent's log says about its shadows: `shadows are live … duration=1.2ms`.
+/// What the agent's log says about its shadows: `shadows are live … live=10000 … duration=1.2ms`.
 fn all_live(agent: &Agent) -> Result<Duration> {
     let log = wait_until(
         "\"shadows are live\" in the log",

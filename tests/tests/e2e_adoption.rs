@@ -1,0 +1,286 @@
+//! After a takeover live flows become ordinary kernel sockets, and their clients do not notice.
+
+#![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tests::agent::port;
+use tests::client::{
+    Noise, chargen_exactly, connect, echo_exactly, expect_end, hears, parts, says, tcp_sockets,
+};
+use tests::patience::wait_until;
+use tests::{Agent, Capture, Death, Host, Lab, Pair, Wiring, on_each_wiring};
+
+const ADOPTED: [(&str, &str); 1] = [("result", "adopted")];
+const ESTABLISHED: u8 = 1;
+
+/// The client's connections that the kernel of `host` has, established.
+fn in_the_kernel(lab: &Lab, host: Host) -> usize {
+    let sockets = tcp_sockets(lab.host(host), Host::Client.address());
+    sockets
+        .iter()
+        .filter(|(_, state)| *state == ESTABLISHED)
+        .count()
+}
+
+/// Waits until the survivor's kernel has adopted all of its flows.
+fn wait_adopted(lab: &Lab, survivor: &Agent, count: usize) {
+    survivor.wait_metric("rfsis_adoptions_total", &ADOPTED, count as f64);
+    survivor.wait_flows("live", 0);
+    assert_eq!(in_the_kernel(lab, survivor.host()), count);
+}
+
+fn echoes(stream: &TcpStream, seed: u64) {
+    says(stream, seed).unwrap();
+    hears(stream, seed).unwrap();
+}
+
+fn idle_connections_are_adopted(wiring: Wiring) {
+    const COUNT: usize = 40;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let capture = Capture::start(&lab);
+    let streams: Vec<_> = (0..COUNT)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    for (stream, seed) in streams.iter().zip(1..) {
+        echoes(stream, seed);
+    }
+    pair.backup.wait_flows("lockstep", COUNT as u64);
+    assert_eq!(in_the_kernel(&lab, Host::B), 0);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    wait_adopted(&lab, &pair.backup, COUNT);
+    // Nobody protects them until a standby has joined them.
+    pair.backup.wait_flows("unprotected", COUNT as u64);
+    for (stream, seed) in streams.iter().zip(1_000..) {
+        echo_exactly(stream, 100_000, seed, &AtomicU64::new(0)).unwrap();
+    }
+    pair.backup.wait_flows("unprotected", 0);
+    let scrape = pair.backup.metrics();
+    assert_eq!(
+        scrape.sum("rfsis_adoptions_total", &[("result", "failed")]),
+        0.0
+    );
+    assert_eq!(
+        scrape.sum("rfsis_adoption_duration_seconds_count", &[]),
+        COUNT as f64
+    );
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace.no_byte_from_vip_changed().unwrap();
+}
+
+/// Asks and waits for the answer, again and again, about 1,000 times a second.
+fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) {
+    for turn in 0.. {
+        echoes(stream, seed + turn);
+        if stop.load(Ordering::Relaxed) {
+            return parts(stream).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn conversations_are_adopted_between_two_words(wiring: Wiring) {
+    const COUNT: usize = 8;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let streams: Vec<_> = (0..COUNT)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for (stream, seed) in streams.iter().zip(1..) {
+            let stop = &stop;
+            scope.spawn(move || converse(stream, stop, seed << 32));
+        }
+        pair.backup.wait_flows("lockstep", COUNT as u64);
+        pair.primary_dies(&lab, Death::Kill9);
+        pair.wait_takeover();
+        wait_adopted(&lab, &pair.backup, COUNT);
+        stop.store(true, Ordering::Relaxed);
+    });
+    pair.backup.wait_flows("unprotected", 0);
+}
+
+/// Sends noise until told to stop, then closes, and expects the server to close as well.
+fn upload(mut stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
+    let (mut noise, mut chunk) = (Noise::new(1), vec![0; 16 << 10]);
+    while !stop.load(Ordering::Relaxed) {
+        noise.fill(&mut chunk);
+        stream.write_all(&chunk).unwrap();
+        progress.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+    }
+    parts(stream).unwrap();
+}
+
+/// A transfer runs from before the kill until well after its adoption.
+fn bulk_is_adopted(wiring: Wiring, service: u16) {
+    const BEFORE: u64 = 4 << 20;
+    const AFTER: u64 = 32 << 20;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let stream = connect(&lab, service).unwrap();
+    let (progress, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let moved = |least| {
+        wait_until(
+            "the transfer to go on",
+            || progress.load(Ordering::Relaxed),
+            |&bytes| bytes >= least,
+        )
+    };
+    std::thread::scope(|scope| {
+        let transfer = scope.spawn(|| match service {
+            port::DISCARD => upload(&stream, &stop, &progress),
+            port::CHARGEN => {
+                let mut offset = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    chargen_exactly(&stream, offset, 1 << 20, &progress).unwrap();
+                    offset += 1 << 20;
+                }
+            }
+            _ => echo_until(&stream, &stop, &progress),
+        });
+        moved(BEFORE);
+        pair.primary_dies(&lab, Death::Kill9);
+        pair.wait_takeover();
+        wait_adopted(&lab, &pair.backup, 1);
+        moved(progress.load(Ordering::Relaxed) + AFTER);
+        stop.store(true, Ordering::Relaxed);
+        transfer.join().unwrap();
+    });
+    assert_eq!(
+        pair.backup
+            .metrics()
+            .sum("rfsis_adoptions_total", &[("result", "failed")]),
+        0.0
+    );
+}
+
+/// Sends noise and reads it back at the same time until told to stop.
+fn echo_until(stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
+    const CHUNK: usize = 16 << 10;
+    let sent = AtomicU64::new(0);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut noise, mut chunk, mut out) = (Noise::new(3), vec![0; CHUNK], stream);
+            while !stop.load(Ordering::Relaxed) {
+                noise.fill(&mut chunk);
+                out.write_all(&chunk).unwrap();
+                sent.fetch_add(CHUNK as u64, Ordering::Relaxed);
+            }
+            stream.shutdown(Shutdown::Write).unwrap();
+            ended.store(true, Ordering::Release);
+        });
+        let (mut noise, mut found, mut expected) = (Noise::new(3), vec![0; CHUNK], vec![0; CHUNK]);
+        let (mut input, mut read) = (stream, 0);
+        while !(ended.load(Ordering::Acquire) && read == sent.load(Ordering::Relaxed)) {
+            input.read_exact(&mut found).unwrap();
+            noise.fill(&mut expected);
+            assert!(
+                found == expected,
+                "a wrong byte between {read} and the next {CHUNK}"
+            );
+            read += CHUNK as u64;
+            progress.store(read, Ordering::Relaxed);
+        }
+    });
+    expect_end(stream).unwrap();
+}
+
+/// The client has closed its half, and reads on for ever: its flow ends where it is.
+fn a_half_closed_connection_goes_on_on_its_shadow(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let half_closed = connect(&lab, port::CHARGEN).unwrap();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    chargen_exactly(&half_closed, 0, 1 << 20, &AtomicU64::new(0)).unwrap();
+    let open = connect(&lab, port::ECHO).unwrap();
+    pair.backup.wait_flows("lockstep", 2);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    pair.backup
+        .wait_metric("rfsis_adoptions_total", &ADOPTED, 1.0);
+    chargen_exactly(&half_closed, 1 << 20, 16 << 20, &AtomicU64::new(0)).unwrap();
+    pair.backup.wait_flows("live", 1);
+    assert_eq!(in_the_kernel(&lab, Host::B), 1);
+    echo_exactly(&open, 10_000, 1, &AtomicU64::new(0)).unwrap();
+}
+
+/// They close a little before, during and a little after their move.
+fn connections_that_close_during_the_move_close_properly(wiring: Wiring) {
+    const COUNT: u64 = 150;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let capture = Capture::start(&lab);
+    let streams: Vec<_> = (0..COUNT)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    pair.backup.wait_flows("lockstep", COUNT);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    for (stream, seed) in streams.iter().zip(1..) {
+        echo_exactly(stream, 2_000, seed, &AtomicU64::new(0)).unwrap();
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    pair.backup.wait_flows("live", 0);
+    pair.backup.wait_flows("unprotected", 0);
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace.no_byte_from_vip_changed().unwrap();
+}
+
+/// What it has adopted dies with it in silence, and its next agent can listen.
+fn an_agent_killed_right_after_adoption_says_nothing_to_its_clients(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let (primary, mut backup) = (pair.primary, pair.backup);
+    let streams: Vec<_> = (0..20)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    for (stream, seed) in streams.iter().zip(1..) {
+        echoes(stream, seed);
+    }
+    backup.wait_flows("lockstep", 20);
+    let capture = Capture::start(&lab);
+    primary.kill9();
+    backup.wait_metric("rfsis_adoptions_total", &ADOPTED, 1.0);
+    // Unread input makes the kernel want to reset.
+    for stream in &streams {
+        says(stream, 5).unwrap();
+    }
+    backup.kill9();
+    backup.await_exit();
+    wait_until(
+        "the kernel to close what the agent had open",
+        || in_the_kernel(&lab, Host::B),
+        |&count| count == 0,
+    );
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    let fins = trace.segments_from_vip().filter(|segment| segment.fin);
+    assert_eq!(fins.count(), 0);
+    let again = Agent::start(&lab, Host::B, "backup", &wiring.settings());
+    again.wait_state("active");
+}
+
+on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
+    idle_connections_are_adopted => super::idle_connections_are_adopted;
+    conversations_are_adopted_between_two_words => super::conversations_are_adopted_between_two_words;
+    a_download_is_adopted => |wiring| bulk_is_adopted(wiring, port::CHARGEN);
+    an_upload_is_adopted => |wiring| bulk_is_adopted(wiring, port::DISCARD);
+    an_echo_in_bulk_is_adopted => |wiring| bulk_is_adopted(wiring, port::ECHO);
+}}
+
+on_each_wiring! { [on_a_switch: Mirror] {
+    a_half_closed_connection_goes_on_on_its_shadow => super::a_half_closed_connection_goes_on_on_its_shadow;
+    connections_that_close_during_the_move_close_properly =>
+        super::connections_that_close_during_the_move_close_properly;
+    an_agent_killed_right_after_adoption_says_nothing_to_its_clients =>
+        super::an_agent_killed_right_after_adoption_says_nothing_to_its_clients;
+}}
