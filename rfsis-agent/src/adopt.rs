@@ -13,7 +13,8 @@ use smoltcp::wire::Ipv4Packet;
 use tokio::sync::watch;
 
 use crate::handler::StreamHandler;
-use crate::segment;
+use crate::segment::{self, Options};
+use crate::sync::Open;
 
 /// What both ends of an established connection know of each other, when nothing is on its way to the client.
 /// Sequence numbers are those on the wire.
@@ -37,8 +38,33 @@ pub struct Numbers {
     pub shifts: Option<(u8, u8)>,
     /// Both permitted SACK (RFC 2018 section 2).
     pub sack: bool,
-    /// Not before any timestamp that the client was sent, if both announced them; 1 ms a tick.
-    pub tsval: Option<u32>,
+    /// Timestamps, if both announced them: one that is not before any that the client was sent, 1 ms a tick, and
+    /// the client's latest (RFC 7323 section 3.2).
+    pub timestamp: Option<(u32, u32)>,
+}
+
+impl Numbers {
+    /// A handshake that ends at this instant.
+    pub fn open(&self) -> Open {
+        let options = |shift, timestamp| Options {
+            mss: Some(self.mss),
+            window_scale: shift,
+            sack_permitted: self.sack,
+            timestamp,
+        };
+        let (own, client) = self.timestamp.unzip();
+        Open {
+            flow: self.flow,
+            client_isn: self.rcv_nxt.wrapping_sub(1),
+            active_isn: self.snd_nxt.wrapping_sub(1),
+            client_window: self.snd_wnd.min(u16::MAX.into()) as u16,
+            client: options(
+                self.shifts.map(|(client, _)| client),
+                client.map(|t| (t, 0)),
+            ),
+            active: options(self.shifts.map(|(_, own)| own), own.map(|t| (t, 0))),
+        }
+    }
 }
 
 /// What of a connection is not in its numbers.

@@ -141,7 +141,7 @@ pub struct Restored {
 
 impl KernelEffects {
     /// Hands what was adopted over to its services.
-    fn hand_over(&mut self) {
+    fn give_to_services(&mut self) {
         if self.handed_over.is_empty() {
             return;
         }
@@ -346,8 +346,13 @@ impl Engine {
             let now = sys::monotonic();
             if now >= self.flows.next_wakeup() {
                 self.flows.poll(now, &mut self.effects);
+                self.flows.adopt_some(now, &mut self.effects, |numbers| {
+                    if let Some(link) = &mut self.link {
+                        link.adopt(numbers, now);
+                    }
+                });
             }
-            self.effects.hand_over();
+            self.effects.give_to_services();
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }

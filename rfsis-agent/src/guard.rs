@@ -468,23 +468,36 @@ impl Guard {
         let Some(open) = self.open_of(flow, segment) else {
             return;
         };
-        self.forget(flow, fx);
-        let Some(slot) = self.free.pop_front() else {
-            self.refused += 1;
-            return;
-        };
-        let known = Flow::new(slot, &open, Phase::Exposed, now);
-        let guarded = known.guarded();
-        self.flows.insert(flow, known);
         self.syns.remove(&flow);
         let sent = Sent::new(open.client_isn, open.active_isn, segment.window).at(now);
-        if !(fx.start(slot, sent)
-            && fx.confirm(slot, Confirmation::OPEN)
-            && fx.publish(flow, guarded))
-        {
+        self.note_exposed(&open, sent, now, fx);
+    }
+
+    /// Notes a flow that the kernel has, and the standby not. Returns whether there was room.
+    fn note_exposed(
+        &mut self,
+        open: &Open,
+        sent: Sent,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) -> bool {
+        let key = open.flow;
+        self.forget(key, fx);
+        let Some(slot) = self.free.pop_front() else {
             self.refused += 1;
-            self.forget(flow, fx);
+            return false;
+        };
+        let flow = Flow::new(slot, open, Phase::Exposed, now);
+        let guarded = flow.guarded();
+        self.flows.insert(key, flow);
+        let ready = fx.start(slot, sent)
+            && fx.confirm(slot, Confirmation::OPEN)
+            && fx.publish(key, guarded);
+        if !ready {
+            self.refused += 1;
+            self.forget(key, fx);
         }
+        ready
     }
 
     // ---- what the standby says -----------------------------------------------------------------

@@ -12,6 +12,7 @@ use rfsis_common::ack_gate::{
 };
 use rfsis_common::maps::FlowKey;
 
+use crate::adopt::Numbers;
 use crate::bpf::GuardMaps;
 use crate::flows::{Effects, Flows};
 use crate::guard::{Fact, Guard, GuardEffects};
@@ -172,6 +173,11 @@ impl Link {
         self.guard.go_standby(&mut self.gate);
         self.records.clear();
         self.metrics.protection.choose(Protection::Standby);
+    }
+
+    /// The kernel takes a flow that lived on a shadow.
+    pub fn adopt(&mut self, numbers: &Numbers, now: Nanos) {
+        self.guard.adopt(numbers, now, &mut self.gate);
     }
 
     /// Takes what came in, does what is due, and says what is to be said. After each batch of frames, so

@@ -90,9 +90,10 @@ impl Redundancy {
         let census = self.shared.census();
         let flows = match node.state {
             State::Active => {
-                census.live as u64
-                    + self.unguarded.load(Ordering::Relaxed)
-                    + self.metrics.guarded_flows.get(GuardCondition::Exposed) as u64
+                let unguarded = self.unguarded.load(Ordering::Relaxed)
+                    + self.metrics.guarded_flows.get(GuardCondition::Exposed) as u64;
+                // With `protect: async` the kernel's connections that were adopted are all that is known.
+                census.live as u64 + unguarded.max(census.unprotected as u64)
             }
             _ => (census.unprotected + census.lagging + census.diverged) as u64,
         };

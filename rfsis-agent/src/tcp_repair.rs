@@ -140,11 +140,11 @@ pub fn restore(numbers: &Numbers) -> io::Result<TcpStream> {
     if numbers.sack {
         options.extend([KIND_SACK, 0]);
     }
-    if numbers.tsval.is_some() {
+    if numbers.timestamp.is_some() {
         options.extend([KIND_TIMESTAMP, 0]);
     }
     set(libc::TCP_REPAIR_OPTIONS, &options)?;
-    if let Some(tsval) = numbers.tsval {
+    if let Some((tsval, _)) = numbers.timestamp {
         // An odd one would make the clock tick in microseconds.
         set(libc::TCP_TIMESTAMP, &[tsval.wrapping_add(tsval & 1)])?;
     }

@@ -154,6 +154,33 @@ impl Sent {
         }
     }
 
+    /// Of a flow that is established: the kernel begins with these numbers, and has told the client as much
+    /// before. `timestamp`: its clock and the client's, if segments carry them.
+    pub const fn established(
+        next: u32,
+        ack: u32,
+        edge: u32,
+        timestamp: Option<(u32, u32)>,
+    ) -> Self {
+        let (tsval, tsecr, flags) = match timestamp {
+            Some((tsval, tsecr)) => (tsval, tsecr, sent_flags::TIMESTAMPS),
+            None => (0, 0, 0),
+        };
+        Self {
+            at_ns: 0,
+            version: 0,
+            next,
+            ack,
+            edge,
+            told: ack,
+            told_edge: edge,
+            tsval,
+            tsecr,
+            flags,
+            reserved: 0,
+        }
+    }
+
     /// A confirmation of all that the kernel wanted to say.
     pub const fn everything(&self) -> Confirmation {
         Confirmation::new(self.ack, self.edge)

@@ -363,6 +363,15 @@ impl Trace {
         Ok(())
     }
 
+    /// Who spoke for the VIP, one after the other: no hardware address twice in a row. Who has stopped and begins
+    /// again is there again, so two that spoke at the same time would be there by turns.
+    pub fn voices(&self) -> Vec<[u8; 6]> {
+        let from_vip = self.frames.iter().filter(|frame| frame.is_from_vip());
+        let mut voices: Vec<_> = from_vip.filter_map(CapturedFrame::source_mac).collect();
+        voices.dedup();
+        voices
+    }
+
     /// That after the first frame for the VIP by `survivor` there is none by `dead`.
     ///
     /// # Errors
@@ -490,6 +499,16 @@ mod tests {
         let late = trace([by_a.clone(), by_b, by_a.clone()]);
         assert!(late.dead_host_is_silent(a, b).is_err());
         assert!(trace([by_a]).dead_host_is_silent(a, b).is_err());
+    }
+
+    #[test]
+    fn voices_that_overlap_are_heard_by_turns() {
+        let (a, b) = (Host::A.mac(), Host::B.mac());
+        let [by_a, by_b] = [a, b].map(|mac| segment(mac, 1, false, false, b"x"));
+        let handed_over = trace([by_a.clone(), by_a.clone(), by_b.clone(), by_b.clone()]);
+        assert_eq!(handed_over.voices(), [a, b]);
+        let late = trace([by_a.clone(), by_b.clone(), by_a, by_b]);
+        assert_eq!(late.voices(), [a, b, a, b]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod cluster;
 pub mod faults;
 pub mod forge;
 pub mod interrupt;
@@ -23,6 +24,7 @@ pub mod wiring;
 pub use agent::{Agent, Death, Pair, Settings, Tap};
 pub use capture::{Capture, Trace};
 pub use client::Typist;
+pub use cluster::{Cluster, Failover};
 pub use faults::{Fault, Traffic};
 pub use lab::{Bridge, Host, Lab, LabOptions, VIP};
 pub use wiring::Wiring;

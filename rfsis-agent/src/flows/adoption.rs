@@ -14,6 +14,7 @@ use std::collections::{BTreeSet, HashMap};
 use rfsis_common::maps::FlowKey;
 
 use super::{Effects, Flow, Flows};
+use crate::adopt::Numbers;
 use crate::heartbeat::Nanos;
 use crate::shadow::{Readiness, Shadow, Shell};
 
@@ -125,10 +126,17 @@ impl Moves {
 }
 
 impl Flows {
-    /// Looks at some of the flows that are due.
-    pub(super) fn adopt_some(&mut self, now: Nanos, fx: &mut impl Effects) {
+    /// Looks at some of the flows that are due. `note` is told of each that the kernel takes, before the kernel
+    /// hears of its client or says anything.
+    pub fn adopt_some(
+        &mut self,
+        now: Nanos,
+        fx: &mut impl Effects,
+        mut note: impl FnMut(&Numbers),
+    ) {
+        let now = self.advance(now);
         while let Some(flow) = self.moves.pop_due(0) {
-            self.try_to_adopt(flow, now, fx);
+            self.try_to_adopt(flow, now, fx, &mut note);
         }
         if now < self.moves.next_turn {
             return;
@@ -141,7 +149,7 @@ impl Flows {
         while looked_at < AT_ONCE
             && let Some(flow) = self.moves.pop_due(now)
         {
-            self.try_to_adopt(flow, now, fx);
+            self.try_to_adopt(flow, now, fx, &mut note);
             looked_at += 1;
         }
         let shells = &mut self.moves.shells;
@@ -154,14 +162,20 @@ impl Flows {
         }
     }
 
-    fn try_to_adopt(&mut self, flow: FlowKey, now: Nanos, fx: &mut impl Effects) {
+    fn try_to_adopt(
+        &mut self,
+        flow: FlowKey,
+        now: Nanos,
+        fx: &mut impl Effects,
+        note: &mut impl FnMut(&Numbers),
+    ) {
         let Some(Flow::Shadow(shadow)) = self.flows.get(&flow) else {
             self.moves.remove(flow);
             return;
         };
         match shadow.readiness(now) {
             Readiness::Ready => {
-                if !self.adopt(flow, now, fx) {
+                if !self.adopt(flow, now, fx, note) {
                     self.wake(flow, now, fx);
                     self.moves.postpone(flow, now);
                 }
@@ -210,14 +224,22 @@ impl Flows {
     }
 
     /// Moves a flow into the kernel; returns whether the kernel took it.
-    fn adopt(&mut self, flow: FlowKey, now: Nanos, fx: &mut impl Effects) -> bool {
+    fn adopt(
+        &mut self,
+        flow: FlowKey,
+        now: Nanos,
+        fx: &mut impl Effects,
+        note: &mut impl FnMut(&Numbers),
+    ) -> bool {
         let Some(Flow::Shadow(shadow)) = self.flows.get(&flow) else {
             return false;
         };
         // While `LIVE_FLOWS` still names the flow: who comes next finds either the shadow or the socket.
-        let Some(socket) = fx.restore(&shadow.numbers(now)) else {
+        let numbers = shadow.numbers(now);
+        let Some(socket) = fx.restore(&numbers) else {
             return false;
         };
+        note(&numbers);
         self.drop_bytes_of(flow);
         let shadow = self.flows.remove(&flow);
         self.remove(flow, fx);

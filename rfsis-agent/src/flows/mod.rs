@@ -689,7 +689,7 @@ impl Flows {
         true
     }
 
-    /// When [`Flows::poll`] is due, ns.
+    /// When [`Flows::poll`] and [`Flows::adopt_some`] are due, ns.
     pub fn next_wakeup(&self) -> Nanos {
         let timer = self.timers.first().map_or(Nanos::MAX, |(at, _)| *at);
         let reset = self.resets.front().map_or(Nanos::MAX, |(at, _)| *at);
@@ -697,8 +697,7 @@ impl Flows {
         timer.min(reset).min(self.next_sweep).min(moves)
     }
 
-    /// Time has passed: timers of live flows, some that the kernel can adopt, and once a second what has
-    /// ended is reaped.
+    /// Time has passed: timers of live flows, and once a second what has ended is reaped.
     pub fn poll(&mut self, now: Nanos, fx: &mut impl Effects) {
         let now = self.advance(now);
         // A timer that is due again at once waits for the next call, so this ends.
@@ -721,7 +720,6 @@ impl Flows {
             self.sweep(now, fx);
             self.sweep_arrivals(now);
         }
-        self.adopt_some(now, fx);
     }
 
     fn sweep(&mut self, now: Nanos, fx: &mut impl Effects) {

@@ -1,16 +1,18 @@
 //! Flows that are older than the standby, or of which it lost something: from exposed to guarded.
 //!
-//! 1. The standby says that it does not know a flow (REFUSE). It is offered, and a snapshot of it sent
+//! 1. The standby says that it does not know a flow (REFUSE), or cannot, for it lived on a shadow until the
+//!    kernel took it. It is offered, and a snapshot of it sent
 //!    ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
 //! 2. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
 //!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
 //! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This time
 //!    the flow is closed before it is taken: nobody is told of what comes after it until that is confirmed.
 
-use rfsis_common::ack_gate::{Confirmation, sent_flags};
+use rfsis_common::ack_gate::{Confirmation, Sent, sent_flags};
 use rfsis_common::maps::FlowKey;
 
 use super::{Ended, Flow, Guard, GuardEffects, MS, Phase};
+use crate::adopt::Numbers;
 use crate::heartbeat::Nanos;
 use crate::lockstep::before;
 use crate::sync::{Offer, Record, Snapshot};
@@ -48,6 +50,26 @@ impl Guard {
             self.forget(key, fx);
         } else {
             self.joins.want(key, now);
+        }
+    }
+
+    /// The kernel takes a flow that lived on a shadow, and has said nothing yet: no standby knows it.
+    pub fn adopt(&mut self, numbers: &Numbers, now: Nanos, fx: &mut impl GuardEffects) {
+        let &Numbers {
+            flow,
+            snd_nxt,
+            rcv_nxt,
+            rcv_wnd,
+            timestamp,
+            ..
+        } = numbers;
+        if !self.active {
+            return;
+        }
+        let edge = rcv_nxt.wrapping_add(rcv_wnd);
+        let sent = Sent::established(snd_nxt, rcv_nxt, edge, timestamp).at(now);
+        if self.note_exposed(&numbers.open(), sent, now, fx) && self.guarding {
+            self.joins.want(flow, now);
         }
     }
 

@@ -157,7 +157,7 @@ impl Shadow {
             mss: self.handshake.client.mss.unwrap_or(DEFAULT_MSS),
             shifts: self.handshake.shifts(),
             sack: self.handshake.sack(),
-            tsval: self.clock.map(|clock| clock.read(now)),
+            timestamp: self.clock.map(|clock| (clock.read(now), self.client_tsval)),
         }
     }
 

@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use etherparse::{PacketBuilder, TcpOptionElement};
-use rfsis_agent::adopt::{Numbers, for_the_kernel, restore};
+use rfsis_agent::adopt::{Numbers, for_the_kernel};
 use rfsis_agent::segment::{Segment, parse};
 use rfsis_agent::sys::RawIpSocket;
+use rfsis_agent::tcp_repair::restore;
 use rfsis_common::maps::Direction;
 use socket2::{Domain, Socket, Type};
 use tests::patience::wait_until;
@@ -31,7 +32,7 @@ fn numbers() -> Numbers {
         shifts: Some((3, 9)),
         sack: true,
         // Odd, and close to its end.
-        tsval: Some(u32::MAX - 20),
+        timestamp: Some((u32::MAX - 20, 70)),
     }
 }
 
@@ -121,7 +122,7 @@ fn a_restored_socket_goes_on_with_its_numbers() {
                 "the window shrinks to {window}"
             );
             let (tsval, _) = segment.options.timestamp.unwrap();
-            let ahead = tsval.wrapping_sub(numbers.tsval.unwrap());
+            let ahead = tsval.wrapping_sub(numbers.timestamp.unwrap().0);
             assert!(ahead < 2_000, "the clock leaps by {ahead}");
             seq = seq.wrapping_add(length as u32);
         }
@@ -142,7 +143,7 @@ fn a_restored_socket_has_no_option_that_was_not_agreed_on() {
         let numbers = Numbers {
             shifts: None,
             sack: false,
-            tsval: None,
+            timestamp: None,
             mss: 1000,
             rcv_wnd: 30_000,
             ..numbers()

@@ -18,7 +18,7 @@ impl Adopted {
         // smoltcp's shift follows from the size.
         let (client_shift, own_shift) = shifts.unwrap_or((0, 0));
         let buffer = (1 << (15 + own_shift)).max(65_535);
-        let ticks = numbers.tsval.map(|_| active_ticks as fn() -> u32);
+        let ticks = numbers.timestamp.map(|_| active_ticks as fn() -> u32);
         let mut listener = socket(buffer, ticks);
         listener.listen((VIP, flow.service_port)).unwrap();
         let handle = host.sockets.add(listener);
@@ -28,7 +28,7 @@ impl Adopted {
             window_scale: shifts.map(|_| client_shift),
             max_seg_size: Some(numbers.mss),
             sack_permitted: numbers.sack,
-            timestamp: numbers.tsval.map(|_| TcpTimestampRepr::new(0, 0)),
+            timestamp: numbers.timestamp.map(|_| TcpTimestampRepr::new(0, 0)),
             ..bare
         };
         let ack = TcpRepr {

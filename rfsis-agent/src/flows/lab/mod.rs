@@ -438,6 +438,7 @@ impl Lab {
         self.run_gate();
         if self.now >= self.flows.next_wakeup() {
             self.flows.poll(self.now, &mut self.world);
+            self.flows.adopt_some(self.now, &mut self.world, |_| {});
             self.collect();
         }
     }

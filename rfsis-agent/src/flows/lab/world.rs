@@ -230,8 +230,8 @@ impl Track {
         assert_eq!(numbers.sack, self.sack);
         let shift = numbers.shifts.map(|(_, own)| own);
         assert_eq!(shift, self.scaled.then_some(self.shift));
-        assert_eq!(numbers.tsval.is_some(), self.timestamps);
-        if let (Some(tsval), Some(last)) = (numbers.tsval, self.tsval) {
+        assert_eq!(numbers.timestamp.is_some(), self.timestamps);
+        if let (Some((tsval, _)), Some(last)) = (numbers.timestamp, self.tsval) {
             assert!(!before(tsval, last), "the timestamp steps back");
         }
     }

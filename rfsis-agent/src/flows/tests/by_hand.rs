@@ -79,6 +79,12 @@ impl Hand {
             .process_frame(packet, direction, self.now, &mut self.world)
     }
 
+    /// Time has passed.
+    fn poll(&mut self, now: Nanos) {
+        self.flows.poll(now, &mut self.world);
+        self.flows.adopt_some(now, &mut self.world, |_| {});
+    }
+
     /// What the live shadows said: (number, flags and length, acknowledgement), from both ISNs.
     fn said(&mut self) -> Vec<(u32, &'static str, usize, u32)> {
         let sent = std::mem::take(&mut self.world.sent);
@@ -222,7 +228,7 @@ fn a_syn_flood_stays_bounded_and_leaves_flows_alone() {
     }
     assert!(hand.world.live.contains(&kept));
     assert!(hand.flows.opening_order.len() <= MAX_OPENINGS);
-    hand.flows.poll(hand.now + OPENING_TIMEOUT, &mut hand.world);
+    hand.poll(hand.now + OPENING_TIMEOUT);
     assert_eq!(hand.world.live.iter().collect::<Vec<_>>(), [&kept]);
     hand.flow = kept;
     hand.client(1, TcpControl::Psh, b"abc", Some(1));
@@ -390,7 +396,7 @@ fn a_fin_is_repeated_whatever_duplicates_came() {
         hand.client(2, TcpControl::None, b"", Some(1));
     }
     hand.said();
-    hand.flows.poll(hand.now + 2 * SECOND, &mut hand.world);
+    hand.poll(hand.now + 2 * SECOND);
     assert_eq!(hand.said(), [(1, "FIN", 0, 2)]);
     hand.client(2, TcpControl::None, b"", Some(2));
     assert_eq!(hand.flows.census().live, 0, "closed by both sides");
@@ -410,7 +416,7 @@ fn the_window_is_the_furthest_that_was_announced_in_whatever_order() {
     // Lost; an older ACK with no window comes after, and the bytes are repeated all the same.
     hand.client(4, TcpControl::None, b"", Some(1));
     hand.said();
-    hand.flows.poll(hand.now + 2 * SECOND, &mut hand.world);
+    hand.poll(hand.now + 2 * SECOND);
     assert_eq!(hand.said(), [(1, "", 3, 4)]);
 }
 
@@ -424,7 +430,7 @@ fn a_closed_window_is_probed_and_goes_on_when_it_opens() {
     hand.window = 0;
     hand.client(1, TcpControl::None, b"", Some(101));
     assert_eq!(hand.said(), []);
-    hand.flows.poll(hand.now + 2 * SECOND, &mut hand.world);
+    hand.poll(hand.now + 2 * SECOND);
     assert_eq!(hand.said(), [(101, "", 1, 1)], "a probe");
     hand.window = 50;
     hand.client(1, TcpControl::None, b"", Some(101));
@@ -464,7 +470,7 @@ fn the_tail_that_was_lost_at_the_takeover_is_repeated_before_a_second_has_passed
     let mut repeated = Vec::new();
     while hand.now < start + SECOND {
         hand.now = hand.flows.next_wakeup().max(hand.now + MS);
-        hand.flows.poll(hand.now, &mut hand.world);
+        hand.poll(hand.now);
         for said in hand.said() {
             assert_eq!(said, (1, "", 3, 4));
             repeated.push((hand.now - start) / MS);
@@ -474,7 +480,7 @@ fn the_tail_that_was_lost_at_the_takeover_is_repeated_before_a_second_has_passed
     // What was heard is not repeated.
     hand.client(4, TcpControl::None, b"", Some(4));
     hand.now += 10 * SECOND;
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert_eq!(hand.said(), []);
 }
 
@@ -510,7 +516,7 @@ fn the_last_segments_of_a_closed_flow_do_not_reach_the_kernel() {
     hand.client(2, TcpControl::None, b"", Some(2));
     assert_eq!(hand.said(), [], "nothing is owed to it");
     hand.now += 4 * SECOND;
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert!(hand.world.live.is_empty() && hand.flows.flows.is_empty());
 }
 
@@ -529,12 +535,12 @@ fn an_unprotected_client_is_reset_at_the_furthest_number_that_it_acknowledged() 
     // It is repeated, for it may have been lost.
     for pause in [200 * MS, 800 * MS] {
         hand.now += pause;
-        hand.flows.poll(hand.now - MS, &mut hand.world);
+        hand.poll(hand.now - MS);
         assert_eq!(hand.said(), []);
-        hand.flows.poll(hand.now, &mut hand.world);
+        hand.poll(hand.now);
         assert_eq!(hand.said(), said);
     }
-    hand.flows.poll(hand.now + 10 * SECOND, &mut hand.world);
+    hand.poll(hand.now + 10 * SECOND);
     assert_eq!(hand.said(), []);
 }
 
@@ -548,9 +554,9 @@ fn an_unprotected_flow_that_both_sides_have_closed_is_lost_by_nobody_and_forgott
     // Its last segment is no new flow.
     hand.active(74, TcpControl::None, b"", Some(2));
     assert_eq!(hand.flows.census().unprotected, 0);
-    hand.flows.poll(hand.now + LINGER, &mut hand.world);
+    hand.poll(hand.now + LINGER);
     assert_eq!(hand.flows.flows.len(), 1);
-    hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
+    hand.poll(hand.now + LINGER + SECOND);
     assert!(hand.flows.flows.is_empty());
     assert_eq!(hand.live().resets, []);
     // Nor does one stay of which only the active's half is seen.
@@ -563,7 +569,7 @@ fn an_unprotected_flow_that_both_sides_have_closed_is_lost_by_nobody_and_forgott
     );
     hand.active(78, TcpControl::Fin, b"", Some(1));
     assert_eq!(hand.flows.census().unprotected, 1);
-    hand.flows.poll(hand.now + LINGER + SECOND, &mut hand.world);
+    hand.poll(hand.now + LINGER + SECOND);
     assert!(hand.flows.flows.is_empty());
 }
 
@@ -576,17 +582,17 @@ fn a_flow_is_adopted_only_after_its_client_was_heard_once_all_has_settled() {
     hand.live();
     hand.client(4, TcpControl::None, b"", Some(4));
     hand.said();
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     hand.now += 300 * MS;
-    hand.flows.poll(hand.now, &mut hand.world);
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
+    hand.poll(hand.now);
     assert_eq!(hand.world.adopted.len(), 0);
     hand.now += MS;
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert_eq!(hand.said(), [(3, "", 0, 4)], "the client is asked");
     hand.client(4, TcpControl::None, b"", Some(4));
     hand.now += 100 * MS;
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     let (_, unfinished) = &hand.world.adopted[0];
     assert_eq!(unfinished.input, b"");
 }
@@ -596,14 +602,14 @@ fn what_came_while_the_handler_rested_is_its_input_in_the_kernel() {
     let mut hand = Hand::open(ECHO);
     hand.world.adopts = true;
     hand.live();
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     hand.now += 300 * MS;
     hand.client(1, TcpControl::Psh, b"abc", Some(1));
     assert_eq!(hand.said(), [(1, "", 3, 4)]);
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert_eq!(hand.world.adopted.len(), 0, "the handler rests");
     hand.client(4, TcpControl::Psh, b"def", Some(4));
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert_eq!(hand.world.adopted[0].1.input, b"def");
 }
 
@@ -612,10 +618,10 @@ fn a_handler_does_not_rest_for_a_client_that_acknowledges_nothing() {
     let mut hand = Hand::open(ECHO);
     hand.world.adopts = true;
     hand.live();
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     hand.now += 300 * MS;
     hand.client(1, TcpControl::Psh, b"abc", Some(1));
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     hand.said();
     hand.client(4, TcpControl::Psh, b"def", Some(1));
     let said = |hand: &mut Hand| {
@@ -625,6 +631,6 @@ fn a_handler_does_not_rest_for_a_client_that_acknowledges_nothing() {
     };
     assert!(!said(&mut hand), "it rests");
     hand.now += 110 * MS;
-    hand.flows.poll(hand.now, &mut hand.world);
+    hand.poll(hand.now);
     assert!(said(&mut hand), "it goes on");
 }

@@ -28,7 +28,7 @@ use tests::report::Figure;
 type Measure = fn(usize) -> Result<Vec<Figure>>;
 
 /// What can be measured, by the name that `--only` knows.
-const SUBJECTS: [(&str, Measure); 9] = [
+const SUBJECTS: [(&str, Measure); 10] = [
     ("blackout", blackout::measure),
     ("switchover", switchover::measure),
     ("takeover", takeover::measure),
