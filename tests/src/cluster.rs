@@ -185,10 +185,8 @@ impl<'lab> Cluster<'lab> {
             }
             Failover::Switchover => {
                 let broken = Instant::now();
-                let output = self.active().ask(&["switchover"]);
-                let errors = String::from_utf8_lossy(&output.stderr);
-                assert!(output.status.success(), "{errors}");
-                self.active = 1 - self.active;
+                let switched = self.switch_over();
+                assert_eq!(switched, Ok(()));
                 broken
             }
         };
@@ -206,6 +204,19 @@ impl<'lab> Cluster<'lab> {
             Failover::Switchover => broken,
         };
         Turn { broken, back }
+    }
+
+    /// Asks the active for a switchover.
+    ///
+    /// # Errors
+    /// Its reason, if it refuses.
+    pub fn switch_over(&mut self) -> Result<(), String> {
+        let output = self.active().ask(&["switchover"]);
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        self.active = 1 - self.active;
+        Ok(())
     }
 
     /// Waits until a standby guards so many connections, and that is all of them. Returns when it was so.

@@ -34,7 +34,12 @@ impl Wiring {
     /// # Panics
     /// As [`Lab::with`].
     pub fn lab_with(self, options: LabOptions) -> Lab {
-        Lab::with(&LabOptions {
+        Lab::with(&self.options(options))
+    }
+
+    /// How the LAN is built, with options that are not the wiring's.
+    pub fn options(self, options: LabOptions) -> LabOptions {
+        LabOptions {
             bridge: match self {
                 Wiring::Lan => Bridge::Flooding,
                 _ => Bridge::Learning,
@@ -42,7 +47,7 @@ impl Wiring {
             offloads: self == Wiring::MirrorOffloaded,
             sync_link: self == Wiring::MirrorOverSyncLink,
             ..options
-        })
+        }
     }
 
     /// What the agents are told.

@@ -3,13 +3,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
-use std::time::Duration;
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use tests::agent::port;
+use tests::client::{connect, hears, says};
 use tests::cluster::seed;
-use tests::patience::slowed;
+use tests::patience::{slowed, wait_until};
 use tests::pulse::Pulse;
-use tests::{Capture, Cluster, Failover, Host, Typist, Wiring, on_each_wiring};
+use tests::{Agent, Capture, Cluster, Failover, Host, Lab, Typist, Wiring, on_each_wiring};
 
 /// From the old active's return until all is protected again, with a few flows.
 const TO_REPAIR: Duration = Duration::from_secs(20);
@@ -62,10 +65,151 @@ fn twenty_failovers_of_every_kind(wiring: Wiring) {
     two_connections_survive(wiring, &Failover::shuffled(20, seed));
 }
 
+const JOINED: [(&str, &str); 1] = [("result", "joined")];
+const ADOPTED: [(&str, &str); 1] = [("result", "adopted")];
+
+/// So many that handing them over takes longer than to notice that it has begun.
+const MANY: u64 = 1_000;
+
+/// Clients that have said something and heard it.
+fn clients(lab: &Lab, count: u64) -> Vec<TcpStream> {
+    let talking = (0..count).map(|seed| {
+        let stream = connect(lab, port::ECHO).unwrap();
+        says(&stream, seed).unwrap();
+        hears(&stream, seed).unwrap();
+        stream
+    });
+    talking.collect()
+}
+
+/// Of those that a second death struck: how many go on. The others were reset, and none waits.
+fn survivors(streams: &[TcpStream]) -> u64 {
+    let asked = Instant::now();
+    for (stream, seed) in streams.iter().zip(10_000..) {
+        // Who is reset already learns it when reading.
+        says(stream, seed).ok();
+    }
+    let goes_on = |(stream, seed): &(&TcpStream, u64)| match hears(stream, *seed) {
+        Ok(()) => true,
+        Err(error) => {
+            let kind = error.downcast_ref().map(std::io::Error::kind);
+            let reset = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+            assert!(kind.is_some_and(|kind| reset.contains(&kind)), "{error:#}");
+            false
+        }
+    };
+    let count = streams.iter().zip(10_000..).filter(goes_on).count();
+    assert!(asked.elapsed() < slowed(Duration::from_secs(10)));
+    count as u64
+}
+
+/// Waits until the active says that its standby has got some flows, and not all.
+fn some_have_joined(active: &Agent) {
+    active.wait_metric("rfsis_late_joins_total", &JOINED, 1.0);
+}
+
+/// While the flows are handed over to it, the standby is killed again and again.
+fn a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything(wiring: Wiring) {
+    let lab = wiring.lab();
+    let mut cluster = Cluster::start(&lab, &wiring.settings());
+    cluster.active().wait_not_degraded();
+    let streams = clients(&lab, MANY);
+    let capture = Capture::start(&lab);
+    let pulse = Pulse::start(&lab).unwrap();
+    cluster.wait_redundant(MANY + 1, slowed(TO_REPAIR));
+    cluster.kill_active();
+    for _ in 0..3 {
+        cluster.active().wait_state("active");
+        let joined = |agent: &Agent| agent.metrics().sum("rfsis_late_joins_total", &JOINED);
+        let before = joined(cluster.active());
+        cluster.start_standby();
+        wait_until(
+            "another late join",
+            || joined(cluster.active()),
+            |&now| now > before,
+        );
+        cluster.kill_standby();
+        pulse.beat_on(20);
+    }
+    cluster.start_standby();
+    cluster.wait_redundant(MANY + 1, slowed(TO_REPAIR));
+    // What all that was for.
+    cluster.fail_over(Failover::Kill9);
+    assert_eq!(survivors(&streams), MANY);
+    pulse.finish().unwrap();
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace.no_byte_from_vip_changed().unwrap();
+    assert_eq!(trace.voices(), alternating(2));
+}
+
+/// The second death comes too early for some: they are reset, the others go on, and so does the service.
+fn a_second_death_too_early(wiring: Wiring, first: Failover, early: fn(&Cluster<'_>)) {
+    let lab = wiring.lab();
+    let mut cluster = Cluster::start(&lab, &wiring.settings());
+    cluster.active().wait_not_degraded();
+    let streams = clients(&lab, MANY);
+    cluster.wait_redundant(MANY, slowed(TO_REPAIR));
+    let capture = Capture::start(&lab);
+    cluster.fail_over(first);
+    cluster.standby().wait_state("standby");
+    early(&cluster);
+    cluster.fail_over(Failover::Kill9);
+    let alive = survivors(&streams);
+    eprintln!("{alive} of {MANY} go on");
+    assert!(alive < MANY, "it was not too early for any");
+    cluster.wait_redundant(alive, slowed(TO_REPAIR));
+    let trace = capture.stop();
+    trace.no_byte_from_vip_changed().unwrap();
+    assert_eq!(trace.voices(), alternating(2));
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("anew");
+    cluster.wait_redundant(alive + 1, slowed(TO_REPAIR));
+    cluster.fail_over(Failover::Kill9);
+    nc.echoes("and on");
+}
+
+fn an_active_that_dies_while_it_hands_its_flows_over(wiring: Wiring) {
+    a_second_death_too_early(wiring, Failover::Kill9, |cluster| {
+        some_have_joined(cluster.active());
+    });
+}
+
+/// The old active only slept, so it is there at once.
+fn an_active_that_dies_while_its_kernel_adopts(wiring: Wiring) {
+    a_second_death_too_early(wiring, Failover::Hang, |cluster| {
+        let adopted = ("rfsis_adoptions_total", &ADOPTED);
+        cluster.active().wait_metric(adopted.0, adopted.1, 1.0);
+    });
+}
+
+/// Nobody knows of their connections any more. Their clients must hear it.
+fn both_die_and_the_service_comes_back(wiring: Wiring) {
+    let lab = wiring.lab();
+    let mut cluster = Cluster::start(&lab, &wiring.settings());
+    cluster.active().wait_not_degraded();
+    let streams = clients(&lab, 20);
+    cluster.wait_redundant(20, slowed(TO_REPAIR));
+    for _ in 0..2 {
+        cluster.restart_both();
+    }
+    assert_eq!(survivors(&streams), 0);
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("anew");
+    cluster.wait_redundant(1, slowed(TO_REPAIR));
+    cluster.fail_over(Failover::Kill9);
+    nc.echoes("and on");
+}
+
 on_each_wiring! { [mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
     there_and_back_by_two_kills => super::there_and_back_by_two_kills;
 }}
 
 on_each_wiring! { [on_a_switch: Mirror] {
     twenty_failovers_of_every_kind => super::twenty_failovers_of_every_kind;
+    a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything =>
+        super::a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything;
+    an_active_that_dies_while_it_hands_its_flows_over => super::an_active_that_dies_while_it_hands_its_flows_over;
+    an_active_that_dies_while_its_kernel_adopts => super::an_active_that_dies_while_its_kernel_adopts;
+    both_die_and_the_service_comes_back => super::both_die_and_the_service_comes_back;
 }}

@@ -2,7 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
+use std::net::Shutdown;
 use std::process::Output;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -192,14 +193,17 @@ fn refuses_when_alone(pair: &mut Pair) {
 }
 
 fn flows_at_risk_are_named_and_only_force_gives_them_up(wiring: Wiring) {
+    const PIECE: u64 = 100_000;
     let lab = wiring.lab();
     let pair = pair(wiring, &lab);
-    let mut nc = Typist::tcp(&lab, port::ECHO);
-    nc.echoes("before");
+    let half_closed = connect(&lab, port::CHARGEN).unwrap();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    let reads = |from| chargen_exactly(&half_closed, from, PIECE, &AtomicU64::new(0)).unwrap();
+    reads(0);
     pair.backup.wait_flows("lockstep", 1);
     switches(&pair.primary, &[]);
-    nc.echoes("between");
-    // It lives on a shadow now, and the old active knows nothing of it.
+    reads(PIECE);
+    // It stays on its shadow, and the old active does not follow it.
     pair.backup.wait_flows("live", 1);
     for asked in [&pair.primary, &pair.backup] {
         refuses(asked, &[], "1 flow is unprotected");
@@ -211,12 +215,12 @@ fn flows_at_risk_are_named_and_only_force_gives_them_up(wiring: Wiring) {
         .wait_status("not ready", |status| status["ready"] == false);
     assert_eq!(status["at_risk"], 1, "{status}");
     assert!(status["redundant_since"].is_null(), "{status}");
-    nc.echoes("still there");
+    reads(2 * PIECE);
     switches(&pair.primary, &["--force"]);
     assert_eq!(state(&pair.primary), "active");
     // Reset at once, or when it speaks, by what the new active knows of it.
-    nc.type_line("to the wrong one").ok();
-    wait_until("a reset", || !nc.is_connected(), |&gone| gone);
+    let ended = std::io::copy(&mut &half_closed, &mut std::io::sink());
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::ConnectionReset);
     for agent in [&pair.primary, &pair.backup] {
         agent.wait_status("redundant again", |status| {
             status["ready"] == true && status["redundant_since"].is_string()

@@ -222,3 +222,200 @@ impl Guard {
         self.joins.take_ended()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::net::Ipv4Addr;
+
+    use rfsis_common::ack_gate::Guarded;
+
+    use super::*;
+    use crate::guard::GuardConfig;
+    use crate::segment::{Options, flow_key};
+    use crate::sync::{Confirm, Sack};
+
+    /// The gate's maps.
+    #[derive(Default)]
+    struct Maps {
+        guarded: HashMap<FlowKey, Guarded>,
+        sent: HashMap<u32, Sent>,
+        confirmed: HashMap<u32, Confirmation>,
+        wanted: Vec<(FlowKey, u32)>,
+    }
+
+    impl GuardEffects for Maps {
+        fn set_guarding(&mut self, _on: bool) {}
+
+        fn start(&mut self, slot: u32, sent: Sent) -> bool {
+            self.sent.insert(slot, sent);
+            true
+        }
+
+        fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool {
+            self.guarded.insert(flow, guarded);
+            true
+        }
+
+        fn withdraw(&mut self, flow: FlowKey) {
+            self.guarded.remove(&flow);
+        }
+
+        fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
+            self.confirmed.insert(slot, confirmation);
+            true
+        }
+
+        fn sent(&mut self, slot: u32) -> Option<Sent> {
+            self.sent.get(&slot).copied()
+        }
+
+        fn send(&mut self, packet: &[u8]) {
+            panic!("there is nothing to be said: {packet:?}");
+        }
+
+        fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
+            self.wanted.push((flow, join));
+        }
+    }
+
+    const VIP: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
+
+    fn numbers() -> Numbers {
+        Numbers {
+            flow: flow_key(Ipv4Addr::LOCALHOST, 40_000, 7),
+            vip: VIP,
+            snd_nxt: 700,
+            rcv_nxt: 300,
+            snd_wnd: 60_000,
+            rcv_wnd: 5_000,
+            mss: 1460,
+            shifts: Some((3, 9)),
+            sack: true,
+            timestamp: Some((11, 22)),
+        }
+    }
+
+    fn guard(max_flows: usize) -> Guard {
+        let mut guard = Guard::new(GuardConfig {
+            vip: VIP,
+            timeout: 1_000 * MS,
+            max_flows,
+            idle_timeout: 1_000_000 * MS,
+        });
+        guard.go_active(0);
+        guard
+    }
+
+    fn records(guard: &mut Guard) -> Vec<Record> {
+        let mut records = Vec::new();
+        guard.take_records(&mut records);
+        records
+    }
+
+    #[test]
+    fn an_adopted_flow_is_noted_exactly_and_passes_the_gate_until_the_standby_has_got_it() {
+        let (mut guard, mut maps) = (guard(4), Maps::default());
+        let numbers = numbers();
+        let flow = numbers.flow;
+        guard.heard(MS, &mut maps);
+        guard.adopt(&numbers, MS, &mut maps);
+        let Guarded { slot, shift, .. } = maps.guarded[&flow];
+        assert_eq!(shift, 9);
+        assert!(maps.confirmed[&slot].is_open());
+        let sent = maps.sent[&slot];
+        assert_eq!((sent.next, sent.ack, sent.told), (700, 300, 300));
+        assert_eq!((sent.edge, sent.told_edge), (5_300, 5_300));
+        assert_eq!((sent.tsval, sent.tsecr, sent.at_ns), (11, 22, MS));
+        assert_eq!(guard.census().exposed, 1);
+        // It is offered unasked.
+        guard.poll(2 * MS, &mut maps);
+        let offers = records(&mut guard);
+        let join = offers.iter().find_map(|record| match record {
+            Record::Offer(offer) if offer.flow == flow && offer.next == 700 => Some(offer.join),
+            _ => None,
+        });
+        let join = join.unwrap_or_else(|| panic!("{offers:?}"));
+        let got = Record::Got {
+            flow,
+            join,
+            next: 0,
+        };
+        guard.process_record(&got, 3 * MS, &mut maps);
+        assert_eq!(maps.wanted, [(flow, join)]);
+        let options = Options {
+            mss: Some(1460),
+            timestamp: Some((0, 0)),
+            ..Options::default()
+        };
+        let snapshot = Snapshot {
+            next: 300,
+            ack: 300,
+            edge: 5_300,
+            unacknowledged: 700,
+            client: options,
+            active: options,
+            ..Snapshot::default()
+        };
+        guard.process_snapshot(flow, join, Some(snapshot), 4 * MS, &mut maps);
+        guard.poll(5 * MS, &mut maps);
+        let whole = records(&mut guard)
+            .iter()
+            .find_map(|record| match record {
+                Record::Part(part) => Some(part.total),
+                _ => None,
+            })
+            .unwrap();
+        let got = Record::Got {
+            flow,
+            join,
+            next: whole,
+        };
+        guard.process_record(&got, 6 * MS, &mut maps);
+        let confirm = Record::Confirm(Confirm {
+            flow,
+            client_isn: 299,
+            ack: 300,
+            edge: 5_300,
+            sack: Sack::default(),
+        });
+        guard.process_record(&confirm, 7 * MS, &mut maps);
+        assert!(guard.guards(flow));
+        assert_eq!(maps.confirmed[&slot], Confirmation::new(300, 5_300));
+    }
+
+    #[test]
+    fn without_a_standby_an_adopted_flow_waits_for_one_and_without_room_it_passes_unnoted() {
+        let (mut guard, mut maps) = (guard(1), Maps::default());
+        let first = numbers();
+        guard.adopt(&first, MS, &mut maps);
+        guard.poll(2 * MS, &mut maps);
+        assert_eq!(records(&mut guard).len(), 1, "told, in case it is heard");
+        let second = Numbers {
+            flow: flow_key(Ipv4Addr::LOCALHOST, 40_001, 7),
+            ..first
+        };
+        guard.adopt(&second, 3 * MS, &mut maps);
+        assert_eq!(guard.census().refused, 1);
+        assert!(!maps.guarded.contains_key(&second.flow));
+        // The standby that comes is asked, and does not know it.
+        guard.heard(4 * MS, &mut maps);
+        guard.poll(4 * MS, &mut maps);
+        let told = records(&mut guard);
+        let Some(&Record::Told {
+            flow, client_isn, ..
+        }) = told.first()
+        else {
+            panic!("{told:?}");
+        };
+        assert_eq!(flow, first.flow);
+        let refuse = Record::Refuse { flow, client_isn };
+        guard.process_record(&refuse, 5 * MS, &mut maps);
+        guard.poll(6 * MS, &mut maps);
+        assert!(matches!(records(&mut guard)[..], [Record::Offer(_)]));
+        // A node that has yielded adopts nothing.
+        guard.go_standby(&mut maps);
+        guard.adopt(&first, 7 * MS, &mut maps);
+        assert!(maps.guarded.is_empty());
+    }
+}

@@ -5,6 +5,7 @@
 //! into the summary.
 
 mod adoption;
+mod again;
 mod blackout;
 mod bulk;
 mod capped;
@@ -28,11 +29,12 @@ use tests::report::Figure;
 type Measure = fn(usize) -> Result<Vec<Figure>>;
 
 /// What can be measured, by the name that `--only` knows.
-const SUBJECTS: [(&str, Measure); 10] = [
+const SUBJECTS: [(&str, Measure); 11] = [
     ("blackout", blackout::measure),
     ("switchover", switchover::measure),
     ("takeover", takeover::measure),
     ("adoption", adoption::measure),
+    ("again", again::measure),
     ("upload", upload::measure),
     ("idle", idle::measure),
     ("capped", capped::measure),
