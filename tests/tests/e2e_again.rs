@@ -85,11 +85,12 @@ fn clients(lab: &Lab, count: u64) -> Vec<TcpStream> {
 /// Of those that a second death struck: how many go on. The others were reset, and none waits.
 fn survivors(streams: &[TcpStream]) -> u64 {
     let asked = Instant::now();
-    for (stream, seed) in streams.iter().zip(10_000..) {
-        // Who is reset already learns it when reading.
-        says(stream, seed).ok();
-    }
-    let goes_on = |(stream, seed): &(&TcpStream, u64)| match hears(stream, *seed) {
+    let said: Vec<_> = (streams.iter().zip(10_000..))
+        .map(|(stream, seed)| (stream, seed, says(stream, seed)))
+        .collect();
+    let goes_on = |(stream, seed, said): (&TcpStream, u64, anyhow::Result<()>)| match said
+        .and_then(|()| hears(stream, seed))
+    {
         Ok(()) => true,
         Err(error) => {
             let kind = error.downcast_ref().map(std::io::Error::kind);
@@ -98,7 +99,11 @@ fn survivors(streams: &[TcpStream]) -> u64 {
             false
         }
     };
-    let count = streams.iter().zip(10_000..).filter(goes_on).count();
+    let count = said
+        .into_iter()
+        .map(goes_on)
+        .filter(|&goes_on| goes_on)
+        .count();
     assert!(asked.elapsed() < slowed(Duration::from_secs(10)));
     count as u64
 }
