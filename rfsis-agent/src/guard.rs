@@ -160,7 +160,7 @@ enum Phase {
     Exposed,
     /// The gate lets out no more than is confirmed; the client may have been told of more before.
     Closing {
-        since: Nanos,
+        until: Nanos,
     },
 }
 
@@ -520,7 +520,7 @@ impl Guard {
                 self.forget(*flow, fx);
             }
             Record::Got { flow, join, next } => self.process_got(*flow, *join, *next, now, fx),
-            Record::Decline { flow, join } => self.joins.process_decline(*flow, *join, now),
+            Record::Decline { flow, join } => self.process_decline(*flow, *join, now, fx),
             _ => {}
         }
     }

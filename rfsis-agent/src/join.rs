@@ -274,11 +274,13 @@ impl Joins {
         false
     }
 
-    /// The standby has no use for the flow.
-    pub fn process_decline(&mut self, flow: FlowKey, number: u32, now: Nanos) {
-        if self.is(&flow, number) {
+    /// The standby has no use for the flow. Returns whether this was its join.
+    pub fn process_decline(&mut self, flow: FlowKey, number: u32, now: Nanos) -> bool {
+        let known = self.is(&flow, number);
+        if known {
             self.decline(flow, JoinResult::Declined, now);
         }
+        known
     }
 
     /// Whether a snapshot with this number is waited for.

@@ -7,8 +7,11 @@
 //! ```
 //!
 //! The active takes the snapshot when it has heard that the frames are kept. So what the client sends is
-//! in the snapshot, or in a frame, or in both.
+//! in the snapshot, or in a frame, or in both. Of a transfer at full speed more comes before the snapshot is
+//! taken than is worth keeping: the oldest frames are let go, and the snapshot must prove to have their bytes.
+//! What comes after it is bounded by the client's window, for the active's gate is closed then.
 
+use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 
 use rfsis_common::maps::{Direction, FlowKey};
@@ -16,6 +19,7 @@ use rfsis_common::maps::{Direction, FlowKey};
 use super::{Effects, Flow, Flows};
 use crate::handler::{Output, Resumed};
 use crate::heartbeat::Nanos;
+use crate::lockstep::{before, later};
 use crate::segment::{self, Segment};
 use crate::shadow::{Context, Shadow};
 use crate::sync::{MAX_SNAPSHOT, Offer, Part, Record, Snapshot};
@@ -25,9 +29,10 @@ const SECOND: Nanos = 1_000_000_000;
 /// Flows that may arrive at a time; the active offers fewer.
 const MAX_ARRIVALS: usize = 128;
 
-/// Bytes of frames that are kept for one flow, and of frames and snapshots for all.
-const FRAMES_LIMIT: usize = 4 << 20;
-const BYTES_LIMIT: usize = 32 << 20;
+/// Bytes of frames that are kept for one flow, twice the largest window that a service's socket offers; and of
+/// frames and snapshots for all, what as many flows need as the active offers at a time.
+const FRAMES_LIMIT: usize = 2 << 20;
+const BYTES_LIMIT: usize = 64 << 20;
 
 /// What a frame costs besides its bytes.
 const FRAME_OVERHEAD: usize = 64;
@@ -46,13 +51,40 @@ pub(super) struct Arrival {
     bytes: Vec<u8>,
     /// How many bytes came.
     got: u32,
-    frames: Vec<(Nanos, Direction, Box<[u8]>)>,
+    frames: VecDeque<Frame>,
     frame_bytes: usize,
+    /// Behind the last byte of the client in the frames that were let go.
+    let_go: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Frame {
+    arrived: Nanos,
+    direction: Direction,
+    packet: Box<[u8]>,
+    /// Behind its last byte, if it has any of the client's, or a FIN.
+    end: Option<u32>,
+}
+
+impl Frame {
+    fn memory(&self) -> usize {
+        self.packet.len() + FRAME_OVERHEAD
+    }
 }
 
 impl Arrival {
     fn memory(&self) -> usize {
         self.bytes.len() + self.frame_bytes
+    }
+
+    /// Lets the oldest frame go; returns how much memory that frees, `None` if there is no frame.
+    fn let_go_oldest(&mut self) -> Option<usize> {
+        let oldest = self.frames.pop_front()?;
+        self.frame_bytes -= oldest.memory();
+        if let Some(end) = oldest.end {
+            self.let_go = Some(self.let_go.map_or(end, |known| later(known, end)));
+        }
+        Some(oldest.memory())
     }
 }
 
@@ -110,8 +142,9 @@ impl Flows {
             moved_at: now,
             bytes: Vec::new(),
             got: 0,
-            frames: Vec::new(),
+            frames: VecDeque::new(),
             frame_bytes: 0,
+            let_go: None,
         };
         self.arrivals.insert(flow, arrival);
         self.tells.push(Record::Got {
@@ -194,17 +227,28 @@ impl Flows {
         let Some(arrival) = self.arrivals.get_mut(&flow) else {
             return;
         };
-        let cost = packet.len() + FRAME_OVERHEAD;
-        // A SYN begins another connection on the same ports. Without a frame the rest is worth nothing:
-        // the active offers the flow again.
-        if segment.syn
-            || arrival.frame_bytes + cost > FRAMES_LIMIT
-            || self.arrival_bytes + cost > BYTES_LIMIT
-        {
+        // It begins another connection on the same ports.
+        if segment.syn {
             self.drop_arrival(&flow);
             return;
         }
-        arrival.frames.push((now, direction, packet.into()));
+        let has_bytes = !segment.payload.is_empty() || segment.fin;
+        let frame = Frame {
+            arrived: now,
+            direction,
+            packet: packet.into(),
+            end: (direction == Direction::ToVip && has_bytes).then_some(segment.end()),
+        };
+        let cost = frame.memory();
+        while arrival.frame_bytes + cost > FRAMES_LIMIT || self.arrival_bytes + cost > BYTES_LIMIT {
+            let Some(freed) = arrival.let_go_oldest() else {
+                // The others have taken all there is: the active offers this one again.
+                self.drop_arrival(&flow);
+                return;
+            };
+            self.arrival_bytes -= freed;
+        }
+        arrival.frames.push_back(frame);
         arrival.frame_bytes += cost;
         self.arrival_bytes += cost;
     }
@@ -239,28 +283,34 @@ impl Flows {
             return;
         };
         self.arrival_bytes -= arrival.memory();
-        let Arrival {
-            join,
-            next,
-            bytes,
-            got,
-            frames,
-            ..
-        } = arrival;
-        if !self.insert_restored(flow, join, &bytes, now, fx) {
+        let (join, next) = (arrival.join, arrival.next);
+        let snapshot = match Snapshot::parse(&arrival.bytes) {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                tracing::warn!(?flow, %error, "the snapshot of a flow cannot be used");
+                self.note_unprotected(flow, next, now);
+                return self.tells.push(Record::Decline { flow, join });
+            }
+        };
+        if arrival.let_go.is_some_and(|end| before(snapshot.ack, end)) {
+            // Bytes are missing between the two. The active hears nothing, and offers the flow again.
+            return;
+        }
+        if !self.insert_restored(flow, join, snapshot, now, fx) {
             self.note_unprotected(flow, next, now);
             self.tells.push(Record::Decline { flow, join });
             return;
         }
-        for (arrived, direction, packet) in frames {
-            let Ok((_, segment)) = segment::parse(&packet, direction) else {
+        for frame in arrival.frames {
+            let Ok((_, segment)) = segment::parse(&frame.packet, frame.direction) else {
                 continue;
             };
-            match direction {
-                Direction::ToVip => self.process_client(flow, &segment, arrived, fx),
-                Direction::FromVip => self.process_active(flow, &segment, arrived, fx),
+            match frame.direction {
+                Direction::ToVip => self.process_client(flow, &segment, frame.arrived, fx),
+                Direction::FromVip => self.process_active(flow, &segment, frame.arrived, fx),
             };
         }
+        let got = arrival.got;
         self.note_touched(flow);
         self.tells.push(Record::Got {
             flow,
@@ -274,27 +324,21 @@ impl Flows {
         &mut self,
         flow: FlowKey,
         join: u32,
-        bytes: &[u8],
+        mut snapshot: Snapshot,
         now: Nanos,
         fx: &mut impl Effects,
     ) -> bool {
         let Some(&kind) = self.config.services.get(&flow.service_port) else {
             return false;
         };
-        let handler = Snapshot::parse(bytes).map_err(|error| error.to_string());
-        let handler = handler.and_then(|mut snapshot| {
-            let written = std::mem::take(&mut snapshot.output);
-            let rest = kind.restore(&snapshot.handler);
-            let rest = rest.map_err(|error| error.to_string())?;
-            Ok((snapshot, Resumed::new(written, Some(rest))))
-        });
-        let (snapshot, handler) = match handler {
-            Ok(parts) => parts,
+        let rest = match kind.restore(&snapshot.handler) {
+            Ok(rest) => rest,
             Err(error) => {
-                tracing::warn!(?flow, error, "the snapshot of a flow cannot be used");
+                tracing::warn!(?flow, %error, "the snapshot of a flow cannot be used");
                 return false;
             }
         };
+        let handler = Resumed::new(std::mem::take(&mut snapshot.output), Some(rest));
         if self.bytes >= self.config.max_bytes || !fx.protect(flow) {
             self.refused += 1;
             return false;

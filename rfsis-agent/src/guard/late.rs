@@ -1,12 +1,13 @@
 //! Flows that are older than the standby, or of which it lost something: from exposed to guarded.
 //!
-//! 1. The standby says that it does not know a flow (REFUSE), or cannot, for it lived on a shadow until the
-//!    kernel took it. It is offered, and a snapshot of it sent
-//!    ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
-//! 2. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
+//! 1. While its client is told more all the time, a flow would never be confirmed in full. So it is *closed*:
 //!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
-//! 3. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. This time
-//!    the flow is closed before it is taken: nobody is told of what comes after it until that is confirmed.
+//! 2. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. So it does
+//!    if it says that it does not know the flow (REFUSE), or cannot know it because it lived on a shadow until
+//!    the kernel took it. The flow is offered, and when the standby keeps its frames the snapshot is taken and
+//!    sent ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
+//! 3. Before the snapshot is taken the flow is closed as well. Nobody is told of what comes after it until that
+//!    is confirmed, though its copies get lost; and the client's window bounds what the standby has to keep.
 
 use rfsis_common::ack_gate::{Confirmation, Sent, sent_flags};
 use rfsis_common::maps::FlowKey;
@@ -14,11 +15,11 @@ use rfsis_common::maps::FlowKey;
 use super::{Ended, Flow, Guard, GuardEffects, MS, Phase};
 use crate::adopt::Numbers;
 use crate::heartbeat::Nanos;
-use crate::lockstep::before;
+use crate::lockstep::{before, later};
 use crate::sync::{Offer, Record, Snapshot};
 
-/// A flow that is closing is looked at so often, and open again after this, ns; after more, where the whole
-/// snapshot is under way meanwhile.
+/// A flow that is closing is looked at so often, and open again after this, ns; after more, where a snapshot
+/// is under way meanwhile, or has just been.
 const CLOSING_LOOK: Nanos = 10 * MS;
 const CLOSING_PATIENCE: Nanos = 40 * MS;
 const SNAPSHOT_PATIENCE: Nanos = 240 * MS;
@@ -86,13 +87,13 @@ impl Guard {
             return;
         }
         if let Some(flow) = self.flows.get_mut(&key)
-            && flow.closed_in_vain > 0
             && let Some(sent) = fx.sent(flow.slot)
         {
-            // Copies get lost while it is open, and each would be missing for good. All that the client was
-            // told until now the snapshot will have.
+            // All that the client was told until now the snapshot will have.
             fx.confirm(flow.slot, Confirmation::new(sent.told, sent.told_edge));
-            flow.phase = Phase::Closing { since: now };
+            flow.phase = Phase::Closing {
+                until: now + SNAPSHOT_PATIENCE,
+            };
             self.closings.push_back((now + CLOSING_LOOK, key));
         }
         fx.take_snapshot(key, join);
@@ -116,15 +117,41 @@ impl Guard {
         let complete = snapshot
             .zip(fx.sent(flow.slot))
             .map(|(mut snapshot, sent)| {
-                // The gate has seen what the socket does not tell.
-                snapshot.sent = sent.next;
+                // The gate has seen what the socket does not tell; but what was sent and acknowledged before it
+                // knew the flow it has not seen.
+                snapshot.sent = later(sent.next, snapshot.unacknowledged);
                 snapshot.client.timestamp = snapshot.client.timestamp.map(|_| (sent.tsecr, 0));
                 flow.client_isn = snapshot.client_isn();
                 flow.active_isn = snapshot.active_isn();
                 flow.confirmation = Confirmation::default();
                 snapshot.to_bytes()
             });
+        let taken = complete.is_some();
         self.joins.process_snapshot(key, join, complete, now);
+        if !taken {
+            self.stop_closing(key, fx);
+        }
+    }
+
+    /// The standby has no use for the flow.
+    pub(super) fn process_decline(
+        &mut self,
+        key: FlowKey,
+        join: u32,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if self.joins.process_decline(key, join, now) {
+            self.stop_closing(key, fx);
+        }
+    }
+
+    /// No snapshot comes: the client must not wait for it.
+    fn stop_closing(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        let phase = self.flows.get(&key).map(|flow| &flow.phase);
+        if matches!(phase, Some(Phase::Closing { .. })) {
+            self.expose(key, fx);
+        }
     }
 
     /// The standby has confirmed something of an exposed flow: guards it, or begins to.
@@ -143,7 +170,13 @@ impl Guard {
             flow.phase = Phase::Guarded;
             flow.closed_in_vain = 0;
         } else if may_close {
-            flow.phase = Phase::Closing { since: now };
+            let patience = match flow.closed_in_vain {
+                0 => CLOSING_PATIENCE,
+                _ => SNAPSHOT_PATIENCE,
+            };
+            flow.phase = Phase::Closing {
+                until: now + patience,
+            };
             self.closings.push_back((now + CLOSING_LOOK, key));
         } else {
             self.expose(key, fx);
@@ -185,15 +218,11 @@ impl Guard {
         let Some(flow) = self.flows.get_mut(&key) else {
             return;
         };
-        let Phase::Closing { since } = flow.phase else {
+        let Phase::Closing { until } = flow.phase else {
             return;
         };
-        let patience = match flow.closed_in_vain {
-            0 => CLOSING_PATIENCE,
-            _ => SNAPSHOT_PATIENCE,
-        };
         let joins = self.joins.concerns(&key);
-        if now.saturating_sub(since) < patience {
+        if now < until {
             // The standby's word may be lost.
             if let Some(sent) = fx.sent(flow.slot)
                 && !joins

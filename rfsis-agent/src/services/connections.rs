@@ -139,6 +139,11 @@ impl Asked {
         self.ask.notify.notified().await;
     }
 
+    /// Whether somebody waits for an answer.
+    pub(super) fn is_asked(&self) -> bool {
+        self.ask.join.load(Ordering::Acquire) != NOBODY
+    }
+
     /// Answers, if somebody has asked. Call between two turns of the connection.
     pub(super) fn answer(&self, turn: &Turn<'_>) {
         let join = self.ask.join.swap(NOBODY, Ordering::AcqRel);

@@ -21,6 +21,10 @@ const BUFFER_LIMIT: usize = 64 * 1024;
 const BUFFER_FIRST: usize = 4 * 1024;
 /// A connection that is idle for so long gives its buffers back.
 const REST: Duration = Duration::from_millis(100);
+/// One that is asked for a snapshot first does what there is to do, at most so many turns of it: what the
+/// handler has taken, and what the client has acknowledged, need not be handed over. The client's window
+/// bounds what can still come.
+const TURNS_TO_REST: u32 = 64;
 /// After the answer is complete a client may be silent for this long before it is cut.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -119,16 +123,10 @@ async fn exchange(
     let mut output = Buffer::default();
     let mut eof = false;
     let mut finished = false;
+    let mut turns_asked = 0;
     loop {
         // A fast client could otherwise keep the worker to itself.
         consume_budget().await;
-        asked.answer(&Turn {
-            socket: stream.as_fd(),
-            handler,
-            input: input.bytes(),
-            output: output.bytes(),
-            finished,
-        });
         let mut moved = false;
         while !eof && !finished && !input.is_full() {
             match stream.try_read(input.room()) {
@@ -166,6 +164,16 @@ async fn exchange(
         }
         if finished && output.is_empty() {
             return Ok(());
+        }
+        turns_asked = if asked.is_asked() { turns_asked + 1 } else { 0 };
+        if !moved || turns_asked > TURNS_TO_REST {
+            asked.answer(&Turn {
+                socket: stream.as_fd(),
+                handler,
+                input: input.bytes(),
+                output: output.bytes(),
+                finished,
+            });
         }
         if !moved {
             let read = (!eof && !finished && !input.is_full()).then_some(Interest::READABLE);

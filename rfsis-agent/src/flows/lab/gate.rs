@@ -121,6 +121,12 @@ impl Gate {
         }
     }
 
+    /// As if the gate had not noted the last bytes that the kernel sent of a flow.
+    pub fn unsee(&mut self, flow: FlowKey, bytes: u32) {
+        let sent = &mut self.maps.sent[self.maps.guarded[&flow].slot as usize];
+        sent.next = sent.next.wrapping_sub(bytes);
+    }
+
     /// What becomes of a packet that the active's kernel sends.
     fn leave(&mut self, packet: &[u8]) -> Option<Vec<u8>> {
         let (flow, segment) = parse(packet, Direction::FromVip).unwrap();
