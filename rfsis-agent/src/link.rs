@@ -20,8 +20,11 @@ use crate::shared::Shared;
 use crate::sync::{Channel, MAX_DATAGRAM, Record};
 use crate::sys::RawIpSocket;
 
-/// Datagrams and openings that are taken before frames are looked at again.
+/// Datagrams that are taken before frames are looked at again.
 const BATCH: usize = 64;
+
+/// The same of openings: all that the ring holds.
+const OPENINGS_BATCH: usize = 8192;
 
 /// Opens the socket of the sync channel on this node's own address.
 ///
@@ -178,7 +181,7 @@ impl Link {
         let epoch = shared.epoch();
         let mut answer = false;
         let mut more = self.take_datagrams(flows, effects, shared, now, &mut answer);
-        more |= self.take_openings(now);
+        more |= self.take_openings();
         if now >= self.guard.next_wakeup() {
             self.guard.poll(now, &mut self.gate);
         }
@@ -225,6 +228,8 @@ impl Link {
                 self.asked_at = now;
             }
             self.guard.heard(now, &mut self.gate);
+            // It may speak of one that has just been reported.
+            self.take_openings();
             let mut records = opened.records;
             for record in &mut records {
                 let unknown = match record {
@@ -240,7 +245,7 @@ impl Link {
                         self.guard.process_record(&record, now, &mut self.gate);
                         None
                     }
-                    Record::Confirm(_) | Record::Refuse { .. } => {
+                    Record::Known(_) | Record::Confirm(_) | Record::Refuse { .. } => {
                         self.guard.process_record(&record, now, &mut self.gate);
                         None
                     }
@@ -254,8 +259,8 @@ impl Link {
         true
     }
 
-    fn take_openings(&mut self, now: Nanos) -> bool {
-        for _ in 0..BATCH {
+    fn take_openings(&mut self) -> bool {
+        for _ in 0..OPENINGS_BATCH {
             let Some(entry) = self.openings.next() else {
                 return false;
             };
@@ -267,7 +272,7 @@ impl Link {
                 continue;
             };
             self.guard
-                .process_opening(event.packet(), kind, now, &mut self.gate);
+                .process_opening(event.packet(), kind, event.at_ns, &mut self.gate);
         }
         true
     }

@@ -26,6 +26,7 @@ mod kind {
     pub const REFUSE: u8 = 3;
     pub const CLOSE: u8 = 4;
     pub const TOLD: u8 = 5;
+    pub const KNOWN: u8 = 6;
 }
 
 /// What one node tells the other about a flow. `client_isn` tells the connection from others of the
@@ -34,7 +35,10 @@ mod kind {
 pub enum Record {
     /// Active to standby: a connection that the active is about to accept.
     Open(Open),
-    /// Standby to active: what it holds of a flow. Also the answer to [`Record::Open`].
+    /// Standby to active: it follows this handshake. The answer to [`Record::Open`], and to the copy of a
+    /// SYN-ACK that is held.
+    Known(Open),
+    /// Standby to active: what it holds of a flow.
     Confirm(Confirm),
     /// Standby to active: it does not follow this flow, or no longer. Final for the connection.
     Refuse {
@@ -143,7 +147,7 @@ impl Record {
     /// Bytes that [`emit`](Self::emit) appends, at most [`MAX_RECORD_LEN`].
     pub fn wire_len(&self) -> usize {
         let rest = match self {
-            Record::Open(_) => 4 + 2 + 2 * OPTIONS_LEN,
+            Record::Open(_) | Record::Known(_) => 4 + 2 + 2 * OPTIONS_LEN,
             Record::Confirm(confirm) => 8 + confirm.sack.blocks().len() * BLOCK_LEN,
             Record::Refuse { .. } | Record::Close { .. } => 0,
             Record::Told { .. } => 4,
@@ -157,6 +161,9 @@ impl Record {
             Record::Open(Open {
                 flow, client_isn, ..
             }) => (kind::OPEN, flow, client_isn),
+            Record::Known(Open {
+                flow, client_isn, ..
+            }) => (kind::KNOWN, flow, client_isn),
             Record::Confirm(Confirm {
                 flow, client_isn, ..
             }) => (kind::CONFIRM, flow, client_isn),
@@ -172,7 +179,7 @@ impl Record {
         out.extend(flow.service_port.to_be_bytes());
         out.extend(client_isn.to_be_bytes());
         match self {
-            Record::Open(open) => {
+            Record::Open(open) | Record::Known(open) => {
                 out.extend(open.active_isn.to_be_bytes());
                 out.extend(open.client_window.to_be_bytes());
                 out.extend(options_to_bytes(&open.client));
@@ -195,7 +202,7 @@ impl Record {
     fn take(datagram: &mut Reader<'_>) -> Result<Option<Record>, RecordError> {
         let [kind, len] = datagram.array()?;
         let mut value = Reader(datagram.slice(usize::from(len))?);
-        if !(kind::OPEN..=kind::TOLD).contains(&kind) {
+        if !(kind::OPEN..=kind::KNOWN).contains(&kind) {
             return Ok(None);
         }
         let flow = FlowKey {
@@ -205,14 +212,21 @@ impl Record {
         };
         let client_isn = value.u32()?;
         let record = match kind {
-            kind::OPEN => Record::Open(Open {
-                flow,
-                client_isn,
-                active_isn: value.u32()?,
-                client_window: value.u16()?,
-                client: options_from_bytes(value.array()?)?,
-                active: options_from_bytes(value.array()?)?,
-            }),
+            kind::OPEN | kind::KNOWN => {
+                let open = Open {
+                    flow,
+                    client_isn,
+                    active_isn: value.u32()?,
+                    client_window: value.u16()?,
+                    client: options_from_bytes(value.array()?)?,
+                    active: options_from_bytes(value.array()?)?,
+                };
+                if kind == kind::OPEN {
+                    Record::Open(open)
+                } else {
+                    Record::Known(open)
+                }
+            }
             kind::CONFIRM => Record::Confirm(Confirm {
                 flow,
                 client_isn,
@@ -389,17 +403,19 @@ pub(super) mod tests {
     /// Any record that an agent may write.
     pub(in crate::sync) fn records() -> impl Strategy<Value = Record> {
         let opens = (flows(), any::<(u32, u32, u16)>(), options(), options()).prop_map(
-            |(flow, (client_isn, active_isn, client_window), client, active)| {
-                Record::Open(Open {
-                    flow,
-                    client_isn,
-                    active_isn,
-                    client_window,
-                    client,
-                    active,
-                })
+            |(flow, (client_isn, active_isn, client_window), client, active)| Open {
+                flow,
+                client_isn,
+                active_isn,
+                client_window,
+                client,
+                active,
             },
         );
+        let opens = (opens, any::<bool>()).prop_map(|(open, known)| match known {
+            false => Record::Open(open),
+            true => Record::Known(open),
+        });
         let confirms = (flows(), any::<(u32, u32, u32)>(), sacks()).prop_map(
             |(flow, (client_isn, ack, edge), sack)| {
                 Record::Confirm(Confirm {
@@ -482,7 +498,7 @@ pub(super) mod tests {
         /// A later version may add types, and an older reader still finds its own.
         #[test]
         fn unknown_types_are_stepped_over_and_counted(
-            known in records(), kind in 6u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
+            known in records(), kind in 7u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
         ) {
             let unknown = [&[kind, value.len() as u8][..], &value].concat();
             let bytes = [&unknown[..], &emit(&[known]), &unknown].concat();
@@ -501,7 +517,7 @@ pub(super) mod tests {
     #[test]
     fn the_layout_is_the_documented_one() {
         let flow_and_isn = [10, 0, 0, 1, 0x12, 0x34, 0, 7, 0, 0, 0, 9];
-        let open = Record::Open(Open {
+        let open = Open {
             flow: FLOW,
             client_isn: 9,
             active_isn: 0x0102_0304,
@@ -516,17 +532,15 @@ pub(super) mod tests {
                 mss: Some(536),
                 ..Options::default()
             },
-        });
-        let values: [(Record, u8, &[u8]); 5] = [
-            (
-                open,
-                1,
-                &[
-                    1, 2, 3, 4, 5, 6, // active's number, client's window
-                    15, 7, 5, 0xb4, 0x11, 0x12, 0x13, 0x14, 0, 0, 0, 0, // client's options
-                    1, 0, 2, 24, 0, 0, 0, 0, 0, 0, 0, 0, // active's options
-                ],
-            ),
+        };
+        let opening = [
+            1, 2, 3, 4, 5, 6, // active's number, client's window
+            15, 7, 5, 0xb4, 0x11, 0x12, 0x13, 0x14, 0, 0, 0, 0, // client's options
+            1, 0, 2, 24, 0, 0, 0, 0, 0, 0, 0, 0, // active's options
+        ];
+        let values: [(Record, u8, &[u8]); 6] = [
+            (Record::Open(open), 1, &opening),
+            (Record::Known(open), 6, &opening),
             (
                 Record::Confirm(Confirm {
                     flow: FLOW,

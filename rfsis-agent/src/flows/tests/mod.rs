@@ -9,6 +9,7 @@ use crate::wire::bare_repr;
 mod by_hand;
 mod guarded;
 mod histories;
+mod opening;
 
 fn lab() -> Lab {
     Lab::new(7)
