@@ -338,31 +338,6 @@ fn clients_do_not_wait_for_a_dead_standby_and_the_next_one_guards_new_connection
     parts(&stream).unwrap();
 }
 
-/// It may have told its clients of anything meanwhile: there is nobody to ask any more.
-#[test]
-fn a_standby_that_the_active_did_not_reach_at_the_end_resets_what_it_may_lack() {
-    let lab = Wiring::Mirror.lab();
-    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
-    let stream = connect(&lab, port::ECHO).unwrap();
-    says(&stream, 1).unwrap();
-    hears(&stream, 1).unwrap();
-    pair.backup.wait_flows("lockstep", 1);
-    lab.suffer(&deaf_to(&[Traffic::Openings, Traffic::Copies]));
-    pair.primary.wait_protection("degraded");
-    // The standby has neither this nor the active's word of it.
-    says(&stream, 2).unwrap();
-    hears(&stream, 2).unwrap();
-    pair.primary_dies(&lab, Death::Kill9);
-    pair.wait_takeover();
-    says(&stream, 3).ok();
-    assert!(
-        hears(&stream, 3).is_err(),
-        "it went on with bytes that the standby lacks"
-    );
-    pair.backup
-        .wait_metric("rfsis_flow_resets_total", &[("reason", "unprotected")], 1.0);
-}
-
 /// The metrics say this mode and no other.
 fn is_truthful(active: &Agent, mode: &str) {
     let scrape = active.metrics();

@@ -214,14 +214,3 @@ fn a_copy_does_not_replace_what_the_active_said() {
         .process_frame(&copy, Direction::FromVip, lab.now, &mut lab.world);
     assert_eq!(lab.flows.openings[&flow].answer, answer);
 }
-
-#[test]
-fn flows_of_a_standby_that_was_not_asked_are_reset() {
-    let mut lab = Lab::guarded(14);
-    let conn = lab.connect(Plan::echo(200_000), Tweaks::default());
-    assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 50_000));
-    lab.flows.expose();
-    let report = lab.fail_over(30 * MS);
-    assert_eq!(report.resets, [(ResetReason::Unprotected, 1)]);
-    lab.settle();
-}
