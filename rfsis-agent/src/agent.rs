@@ -448,6 +448,7 @@ fn make_link(
             timeout: sync.timeout.as_nanos() as u64,
             max_flows: config.shadow.max_flows,
             idle_timeout: config.shadow.idle_timeout.as_nanos() as u64,
+            copied: matches!(config.tap, Tap::Mirror(_)),
         }),
         gate: KernelGuard {
             maps: programs.guard_maps()?,

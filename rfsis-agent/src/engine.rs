@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
+use rfsis_common::verdict::{LONG_FRAME, LONG_FRAME_WAIT};
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
@@ -30,9 +31,8 @@ use crate::warm::Warmer;
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
 
-/// A standby that has just read frames does not look at small ones sooner than after this, ns: to be woken
-/// for each costs more than to read it. What a client waits for is not among them: its window it gets by
-/// larger frames, its SYN-ACK by the sync channel.
+/// A standby that has just read small frames does not look at others of that kind sooner than after this, ns:
+/// to be woken for each costs more than to read it. Where there were long ones it is [`LONG_FRAME_WAIT`].
 const REST: Nanos = 200_000;
 
 /// Between two looks at what the ring lost, ns.
@@ -237,7 +237,8 @@ pub struct FlowsTookOver {
 #[derive(Debug)]
 pub struct Rest {
     map: RestWriter,
-    read: bool,
+    /// For how long it is to rest for what it has read, ns; 0 if nothing.
+    due: Nanos,
     told: bool,
 }
 
@@ -246,8 +247,17 @@ impl Rest {
     pub fn new(map: RestWriter) -> Self {
         Self {
             map,
-            read: false,
+            due: 0,
             told: false,
+        }
+    }
+
+    /// A frame of `len` bytes was read.
+    fn note(&mut self, len: u32) {
+        if len > LONG_FRAME {
+            self.due = LONG_FRAME_WAIT;
+        } else if self.due == 0 {
+            self.due = REST;
         }
     }
 
@@ -255,8 +265,9 @@ impl Rest {
     /// arrived before the programs heard of it lies in the ring, and who waits for a ring with something
     /// in it does not wait.
     fn begin(&mut self, may_rest: bool, now: Nanos) -> Nanos {
-        let rests = std::mem::take(&mut self.read) && may_rest;
-        let until = if rests { now + REST } else { 0 };
+        let due = std::mem::take(&mut self.due);
+        let rests = due > 0 && may_rest;
+        let until = if rests { now + due } else { 0 };
         if rests || self.told {
             match self.map.write(until) {
                 Ok(()) => self.told = rests,
@@ -281,7 +292,7 @@ pub struct Engine {
     pub source: FrameSource,
     /// Mirrored frames.
     pub frames: RingBuf<MapData>,
-    /// When small ones do not wake the thread.
+    /// When they do not wake the thread.
     pub rest: Rest,
     /// FIN and RST that the gate held.
     pub held: RingBuf<MapData>,
@@ -382,7 +393,6 @@ impl Engine {
             let Some(entry) = self.frames.next() else {
                 return false;
             };
-            self.rest.read = true;
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
@@ -396,6 +406,7 @@ impl Engine {
                 self.metrics.frames.inc(result);
                 continue;
             }
+            self.rest.note(header.len);
             let result = classify(&header, frame, self.source, self.shared.peer_tap()).map(
                 |(direction, packet)| {
                     let arrival = header.arrival_ns;

@@ -4,7 +4,7 @@
 //! through [`GuardEffects`]. What it has to tell the standby is fetched by [`Guard::take_records`].
 //!
 //! ```text
-//!  SYN-ACK held ──► OPENING ──(standby confirms)──► GUARDED ◄──────────────┐
+//!  SYN-ACK held ──► OPENING ──(standby knows it)──► GUARDED ◄──────────────┐
 //!                      │  OPEN, repeated               │                   │ confirmed all that
 //!                      │                               │ standby silent    │ the client was told
 //!                      │ refused: let go               ▼                   │
@@ -41,9 +41,10 @@ use crate::wire::{bare_repr, emit_packet};
 const MS: Nanos = 1_000_000;
 const SECOND: Nanos = 1_000 * MS;
 
-/// A flow that was confirmed is looked at once more after this, ns.
+/// A flow that was confirmed is looked at once more about so much later, ns: all that are due at the same
+/// multiple of it.
 const RECHECK: Nanos = MS;
-/// And after this if the kernel had not yet wanted to say what was confirmed: at that very moment it may be
+/// After this if the kernel had not yet wanted to say what was confirmed: at that very moment it may be
 /// doing so, and find the older confirmation. Its client would wait, with a millisecond's worth of window.
 const RECHECK_SOON: Nanos = MS / 10;
 
@@ -86,6 +87,8 @@ pub struct GuardConfig {
     pub max_flows: usize,
     /// A flow that is silent for so long is forgotten, as its shadow is, ns.
     pub idle_timeout: Nanos,
+    /// The standby gets a copy of a SYN-ACK that is held: it is told of it only if it does not answer.
+    pub copied: bool,
 }
 
 /// What the guard does to the world.
@@ -409,6 +412,8 @@ impl Guard {
         fx: &mut impl GuardEffects,
     ) {
         if !self.guarding {
+            // The gate was opened just after it had held this.
+            self.process_passed(flow, segment, now, fx);
             fx.send(&packet);
             return;
         }
@@ -439,7 +444,9 @@ impl Guard {
             pause: REPEAT,
         };
         self.flows.insert(flow, Flow::new(slot, &open, phase, now));
-        self.records.push(Record::Open(open));
+        if !self.config.copied {
+            self.records.push(Record::Open(open));
+        }
         self.repeats.insert((now + REPEAT, flow));
     }
 
@@ -505,6 +512,7 @@ impl Guard {
     /// Takes a record of the standby's.
     pub fn process_record(&mut self, record: &Record, now: Nanos, fx: &mut impl GuardEffects) {
         match record {
+            Record::Known(open) => self.process_known(open, now, fx),
             Record::Confirm(confirm) => self.process_confirm(confirm, now, fx),
             Record::Refuse { flow, client_isn } if self.is(flow, *client_isn) => {
                 if self.is_opening(flow) {
@@ -515,7 +523,10 @@ impl Guard {
                     self.hand_over(*flow, now, fx);
                 }
             }
-            Record::Close { flow, client_isn } if self.is(flow, *client_isn) => {
+            // An opening is none that the standby has forgotten: it is told of it until it answers.
+            Record::Close { flow, client_isn }
+                if self.is(flow, *client_isn) && !self.is_opening(flow) =>
+            {
                 self.tell_all(*flow, fx);
                 self.forget(*flow, fx);
             }
@@ -536,35 +547,56 @@ impl Guard {
         matches!(phase, Some(Phase::Opening { .. }))
     }
 
-    fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
-        let known = self.flows.get_mut(&confirm.flow);
-        let Some(flow) = known.filter(|flow| flow.client_isn == confirm.client_isn) else {
-            // Let go, or forgotten: the standby must not take it for guarded.
-            self.records.push(Record::Close {
-                flow: confirm.flow,
-                client_isn: confirm.client_isn,
-            });
+    /// The standby follows a handshake: if it is the one whose SYN-ACK is held, that may leave.
+    fn process_known(&mut self, open: &Open, now: Nanos, fx: &mut impl GuardEffects) {
+        let known = self.flows.get_mut(&open.flow);
+        let Some(flow) = known.filter(|flow| flow.client_isn == open.client_isn) else {
+            self.disown(open.flow, open.client_isn);
             return;
         };
         flow.known_at = now;
-        let fresh = Confirmation::new(confirm.ack, confirm.edge);
-        if let Phase::Opening { open, answer, .. } = &flow.phase {
-            let window = window_of(answer);
-            let guarded = flow.guarded();
-            let sent = Sent::new(open.client_isn, open.active_isn, window).at(now);
-            let ready = fx.start(flow.slot, sent)
-                && fx.confirm(flow.slot, fresh)
-                && fx.publish(confirm.flow, guarded);
-            fx.send(answer);
-            flow.confirmation = fresh;
-            flow.phase = Phase::Guarded;
-            self.syns.remove(&confirm.flow);
-            if !ready {
-                self.refused += 1;
-                self.forget(confirm.flow, fx);
-            }
+        let Phase::Opening {
+            open: ours, answer, ..
+        } = &flow.phase
+        else {
+            return;
+        };
+        // By an older copy, or a forged one: it will be told.
+        if **ours != *open {
             return;
         }
+        let sent = Sent::new(open.client_isn, open.active_isn, window_of(answer)).at(now);
+        let promised = sent.everything();
+        let ready = fx.start(flow.slot, sent)
+            && fx.confirm(flow.slot, promised)
+            && fx.publish(open.flow, flow.guarded());
+        fx.send(answer);
+        flow.confirmation = promised;
+        flow.phase = Phase::Guarded;
+        self.syns.remove(&open.flow);
+        if !ready {
+            self.refused += 1;
+            self.forget(open.flow, fx);
+        }
+    }
+
+    /// Let go, or forgotten: the standby must not take it for guarded.
+    fn disown(&mut self, flow: FlowKey, client_isn: u32) {
+        self.records.push(Record::Close { flow, client_isn });
+    }
+
+    fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
+        let known = self.flows.get_mut(&confirm.flow);
+        let Some(flow) = known.filter(|flow| flow.client_isn == confirm.client_isn) else {
+            self.disown(confirm.flow, confirm.client_isn);
+            return;
+        };
+        // The client cannot have said more: a word of an older connection.
+        if matches!(flow.phase, Phase::Opening { .. }) {
+            return;
+        }
+        flow.known_at = now;
+        let fresh = Confirmation::new(confirm.ack, confirm.edge);
         // Of a flow that was exposed from its start nothing is known yet.
         let first = flow.confirmation == Confirmation::default();
         let known = if first { fresh } else { flow.confirmation };
@@ -585,7 +617,12 @@ impl Guard {
             flow.phase = Phase::Guarded;
             flow.closed_in_vain = 0;
         }
-        let at = now + if caught_up { RECHECK } else { RECHECK_SOON };
+        let soon = now + RECHECK_SOON;
+        let at = if caught_up {
+            soon.next_multiple_of(RECHECK)
+        } else {
+            soon
+        };
         if flow.recheck.is_none_or(|planned| at < planned) {
             if let Some(planned) = flow.recheck.replace(at) {
                 self.rechecks.remove(&(planned, confirm.flow));

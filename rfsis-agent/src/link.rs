@@ -23,8 +23,11 @@ use crate::shared::Shared;
 use crate::sync::{Channel, MAX_DATAGRAM, Record};
 use crate::sys::RawIpSocket;
 
-/// Datagrams and openings that are taken before frames are looked at again.
+/// Datagrams that are taken before frames are looked at again.
 const BATCH: usize = 64;
+
+/// The same of openings: all that the ring holds.
+const OPENINGS_BATCH: usize = 8192;
 
 /// Opens the socket of the sync channel on this node's own address.
 ///
@@ -198,7 +201,7 @@ impl Link {
         let epoch = shared.epoch();
         let mut answer = false;
         let mut more = self.take_datagrams(flows, effects, shared, now, &mut answer);
-        more |= self.take_openings(now);
+        more |= self.take_openings();
         while let Some(taken) = self.snapshots.take() {
             self.guard.process_snapshot(
                 taken.flow,
@@ -261,6 +264,8 @@ impl Link {
                 self.asked_at = now;
             }
             self.guard.heard(now, &mut self.gate);
+            // It may speak of one that has just been reported.
+            self.take_openings();
             let mut records = opened.records;
             for record in &mut records {
                 let unknown = match record {
@@ -284,7 +289,8 @@ impl Link {
                         flows.process_part(part, now, effects);
                         None
                     }
-                    Record::Confirm(_)
+                    Record::Known(_)
+                    | Record::Confirm(_)
                     | Record::Refuse { .. }
                     | Record::Got { .. }
                     | Record::Decline { .. } => {
@@ -301,8 +307,8 @@ impl Link {
         true
     }
 
-    fn take_openings(&mut self, now: Nanos) -> bool {
-        for _ in 0..BATCH {
+    fn take_openings(&mut self) -> bool {
+        for _ in 0..OPENINGS_BATCH {
             let Some(entry) = self.openings.next() else {
                 return false;
             };
@@ -314,7 +320,7 @@ impl Link {
                 continue;
             };
             self.guard
-                .process_opening(event.packet(), kind, now, &mut self.gate);
+                .process_opening(event.packet(), kind, event.at_ns, &mut self.gate);
         }
         true
     }

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use rfsis_common::maps::{Direction, FlowKey};
+use rfsis_common::mirror::HELD_URGENT;
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpOption, TcpPacket};
 
 /// Why a mirrored frame is not a segment for a shadow, nor a datagram to be kept.
@@ -32,6 +33,8 @@ pub struct Segment<'a> {
     pub fin: bool,
     /// Reset.
     pub rst: bool,
+    /// Of a copy: the original, a SYN-ACK, is held until the standby knows the flow.
+    pub held: bool,
     /// Window field, unscaled.
     pub window: u16,
     /// Options.
@@ -121,6 +124,7 @@ fn read<'a>(
         syn: tcp.syn(),
         fin: tcp.fin(),
         rst: tcp.rst(),
+        held: !tcp.urg() && tcp.urgent_at() == HELD_URGENT,
         window: tcp.window_len(),
         options: parse_options(tcp.options()),
         payload: tcp.payload(),

@@ -5,6 +5,12 @@ use crate::ack_gate::after;
 use crate::frame::{Classified, FrameClass, TcpPart, tcp_flags};
 use crate::maps::{Direction, MirrorPeer, NodeState};
 
+/// Urgent pointer of the copy of a SYN-ACK that the ACK gate holds until the standby knows the flow. Without
+/// URG the field means nothing (RFC 9293 section 3.1), so no kernel has written it there.
+pub const HELD_URGENT: u16 = 0x5246;
+/// Where that is in a TCP header.
+pub const URGENT_OFFSET: usize = 18;
+
 /// What of the VIP's output is copied. Input is always copied whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]

@@ -128,18 +128,23 @@ pub enum Wake {
     Later,
 }
 
-/// Frames longer than this end a rest, bytes: a client that sends much waits for its window.
-const PROMPT_LEN: u32 = 512;
+/// Frames longer than this are long, bytes: a client that sends much waits for its window.
+pub const LONG_FRAME: u32 = 512;
+/// A long one does not wait longer than this, ns: nor does it wake a reader that looks sooner by itself.
+pub const LONG_FRAME_WAIT: u64 = 60_000;
 
-/// Decides for a copy of `len` bytes; `rest_until` as the reader wrote it last. All times in ns.
+/// Decides for a copy of `len` bytes, of a SYN-ACK that is `held` or of something else; `rest_until` as the
+/// reader wrote it last. All times in ns.
 ///
 /// To wake a thread costs more than to read a frame. So one that has just read rests for a moment, and of
-/// small requests that follow each other closely many are read, and confirmed, at once.
+/// frames that follow each other closely many are read, and confirmed, at once.
 #[inline(always)]
-pub const fn wake_decide(len: u32, now_ns: u64, rest_until: u64) -> Wake {
+pub const fn wake_decide(len: u32, held: bool, now_ns: u64, rest_until: u64) -> Wake {
     if now_ns >= rest_until {
-        Wake::WhenCaughtUp
-    } else if len > PROMPT_LEN {
+        return Wake::WhenCaughtUp;
+    }
+    let is_late = len > LONG_FRAME && rest_until - now_ns > LONG_FRAME_WAIT;
+    if held || is_late {
         Wake::Now
     } else {
         Wake::Later
@@ -236,10 +241,12 @@ pub fn tell_copy(verdict: GateVerdict, destination: MirrorPeer, peer: MirrorPeer
     }
 }
 
-/// Whether a segment that leaves from the VIP ends the approval of its flow: a SYN-ACK begins a new
-/// connection, which must not inherit what an older one with the same addresses and ports was granted.
+/// Whether a segment is a SYN-ACK: the VIP accepts a connection.
+///
+/// At the gate it ends the approval of its flow: the new connection must not inherit what an older one with
+/// the same addresses and ports was granted.
 #[inline(always)]
-pub const fn revokes_approval(tcp: &TcpPart) -> bool {
+pub const fn is_syn_ack(tcp: &TcpPart) -> bool {
     const SYN_ACK: u8 = tcp_flags::SYN | tcp_flags::ACK;
     tcp.flags & SYN_ACK == SYN_ACK
 }
@@ -257,6 +264,25 @@ mod tests {
         state: State::Active as u64,
         lease_ns: 1000,
     };
+
+    #[test]
+    fn a_rest_is_ended_by_a_held_syn_ack_and_by_a_long_frame_that_would_wait_long() {
+        const NOW: u64 = 1000;
+        let (small, long) = (LONG_FRAME, LONG_FRAME + 1);
+        let (short_rest, long_rest) = (NOW + LONG_FRAME_WAIT, NOW + LONG_FRAME_WAIT + 1);
+        for (len, held, until, expected) in [
+            (small, false, 0, Wake::WhenCaughtUp),
+            (long, true, NOW, Wake::WhenCaughtUp),
+            (small, false, NOW + 1, Wake::Later),
+            (small, true, NOW + 1, Wake::Now),
+            (small, false, u64::MAX, Wake::Later),
+            (long, false, short_rest, Wake::Later),
+            (long, false, long_rest, Wake::Now),
+        ] {
+            let found = wake_decide(len, held, NOW, until);
+            assert_eq!(found, expected, "{len} bytes, held {held}, until {until}");
+        }
+    }
 
     #[test]
     fn a_lease_ends_after_its_last_nanosecond_and_only_the_active_has_one() {
@@ -364,8 +390,8 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_ack_and_nothing_else_revokes() {
-        for (flags, revokes) in [
+    fn a_syn_ack_has_both_flags() {
+        for (flags, expected) in [
             (SYN | ACK, true),
             (SYN, false),
             (ACK, false),
@@ -375,8 +401,8 @@ mod tests {
             let segment = tcp_from_vip(flags);
             let frame = classify(&&segment[..], VIP);
             assert_eq!(
-                revokes_approval(frame.tcp().unwrap()),
-                revokes,
+                is_syn_ack(frame.tcp().unwrap()),
+                expected,
                 "flags {flags:#x}"
             );
         }

@@ -6,19 +6,25 @@
 //! Checksums are adjusted by `bpf_l4_csum_replace` without `BPF_F_PSEUDO_HDR`: it leaves alone the ones
 //! that the device is to complete, which do not cover the TCP header yet.
 
-use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
+use aya_ebpf::{
+    bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::bpf_skb_load_bytes,
+    programs::TcContext,
+};
 use aya_log_ebpf::warn;
 use core::ptr::{read_volatile, write_volatile};
 use rfsis_common::ack_gate::{
     AckDecision, AckGateVerdict, AckVerdict, Guarded, OPENING_CAPTURE, OpeningEvent, OpeningKind,
     Outgoing, RELEASE_MARK, Sent, ack_decide, is_opening, note_open, note_release, syn_ack_decide,
 };
-use rfsis_common::frame::{Classified, TcpPart, tcp_flags};
+use rfsis_common::frame::{Classified, TcpPart};
+use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::options::{TcpOptions, tcp_options};
+use rfsis_common::verdict::is_syn_ack;
 
 use crate::maps::{
     GUARDED, OPENINGS, SERVICE_PORTS, confirmation, count_ack_gate, guarded, has_ack_gate,
-    is_guarding, sent, worth_logging,
+    is_guarding, mirror_ifindex, mirror_peer, sent, worth_logging,
 };
 use crate::skb::{SkbFrame, mark};
 
@@ -30,25 +36,22 @@ const CHECKSUM_OFFSET: usize = 16;
 /// Most bytes of blocks in a SACK option: options have 40 bytes, kind and length take two.
 const SACK_WORDS_MAX: usize = 9;
 
-/// Judges a packet that the gate has passed, and changes what it must. `false` where it must not go on.
+/// Judges a packet that the gate has passed, and changes what it must. What is none of its business passes.
 #[inline(always)]
-pub fn admit(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
+pub fn judge(ctx: &TcContext, frame: &Classified, now_ns: u64) -> AckGateVerdict {
     if !has_ack_gate() {
-        return true;
+        return AckGateVerdict::Passed;
     }
     let Some(tcp) = frame.tcp() else {
-        return true;
+        return AckGateVerdict::Passed;
     };
     let verdict = match guarded(tcp.flow) {
         Some(guarded) => judge_guarded(ctx, frame, tcp, guarded, now_ns),
         None if is_service(tcp) => judge_unknown(ctx, frame, tcp, now_ns),
-        None => return true,
+        None => return AckGateVerdict::Passed,
     };
     count(ctx, verdict);
-    !matches!(
-        verdict,
-        AckGateVerdict::Held | AckGateVerdict::Opening | AckGateVerdict::OpeningLost
-    )
+    verdict
 }
 
 /// Reports a SYN that came in for a service.
@@ -146,12 +149,6 @@ fn judge_guarded(
 }
 
 #[inline(always)]
-fn is_syn_ack(tcp: &TcpPart) -> bool {
-    const SYN_ACK: u8 = tcp_flags::SYN | tcp_flags::ACK;
-    tcp.flags & SYN_ACK == SYN_ACK
-}
-
-#[inline(always)]
 fn open(
     ctx: &TcContext,
     frame: &Classified,
@@ -207,11 +204,23 @@ fn report(
         )
     };
     if copied {
-        event.submit(0);
+        event.submit(wake(kind));
     } else {
         event.discard(0);
     }
     copied
+}
+
+/// Whether a report wakes the agent, which may have left earlier ones unread. Nobody waits for a SYN, and of
+/// a SYN-ACK that is held the standby tells by itself, if it gets a copy.
+#[inline(always)]
+fn wake(kind: OpeningKind) -> u64 {
+    let is_copied = || mirror_ifindex() != 0 && !mirror_peer().is_nobody();
+    match kind {
+        OpeningKind::Syn => u64::from(BPF_RB_NO_WAKEUP),
+        OpeningKind::Held if is_copied() => u64::from(BPF_RB_NO_WAKEUP),
+        OpeningKind::Held | OpeningKind::Passed => u64::from(BPF_RB_FORCE_WAKEUP),
+    }
 }
 
 /// Copies headers; `false` where they do not fit or are not there.
@@ -245,6 +254,16 @@ fn rewrite(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions, decision: &AckD
         }
     }
     options.sack_offset == 0 || erase_sack(ctx, tcp, options)
+}
+
+/// Notes in a SYN-ACK that it is held; `false` where it could not be written.
+#[inline(always)]
+pub fn mark_held(ctx: &TcContext, tcp: &TcpPart) -> bool {
+    let offset = tcp.offset + URGENT_OFFSET;
+    let Ok(from) = ctx.load::<[u8; 2]>(offset) else {
+        return false;
+    };
+    replace2(ctx, tcp, offset, from, HELD_URGENT.to_be_bytes())
 }
 
 /// Overwrites the SACK option, kind and length and then its words, by NOPs.

@@ -8,9 +8,11 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use rfsis_common::frame::{Classified, Frame};
 use rfsis_common::maps::{
-    FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent, NodeState, State,
+    Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent,
+    NodeState, State,
 };
-use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, wake_decide, xdp_decide};
+use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
+use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, is_syn_ack, wake_decide, xdp_decide};
 
 use crate::maps::{
     FRAMES, HEARTBEATS, LIVE_FLOWS, LOST_FLOWS, count_xdp, end_rest, node_state, rest_until,
@@ -70,7 +72,7 @@ fn mirror(frame: &impl Captured, class: &Classified, node: &NodeState) {
         state: node.state() as u16,
         l3_offset: class.l3_offset as u32,
     };
-    if copy_to_ring(frame, &header) {
+    if copy_to_ring(frame, &header, is_held(frame, class)) {
         let count = count_xdp(XdpVerdict::Mirrored);
         if node.state >= State::ALL.len() as u64 && worth_logging(count) {
             warn!(
@@ -95,7 +97,7 @@ fn mirror(frame: &impl Captured, class: &Classified, node: &NodeState) {
 
 /// The smallest slot that holds the frame: a reservation is of constant size.
 #[inline(always)]
-fn copy_to_ring(frame: &impl Captured, header: &FrameHeader) -> bool {
+fn copy_to_ring(frame: &impl Captured, header: &FrameHeader, held: bool) -> bool {
     const ROOM: [usize; 4] = [
         FRAME_SLOTS[0] - FRAME_HEADER_LEN,
         FRAME_SLOTS[1] - FRAME_HEADER_LEN,
@@ -104,13 +106,13 @@ fn copy_to_ring(frame: &impl Captured, header: &FrameHeader) -> bool {
     ];
     let len = header.len as usize;
     if len <= ROOM[0] {
-        copy_to_slot::<{ ROOM[0] }>(frame, header)
+        copy_to_slot::<{ ROOM[0] }>(frame, header, held)
     } else if len <= ROOM[1] {
-        copy_to_slot::<{ ROOM[1] }>(frame, header)
+        copy_to_slot::<{ ROOM[1] }>(frame, header, held)
     } else if len <= ROOM[2] {
-        copy_to_slot::<{ ROOM[2] }>(frame, header)
+        copy_to_slot::<{ ROOM[2] }>(frame, header, held)
     } else {
-        copy_to_slot::<{ ROOM[3] }>(frame, header)
+        copy_to_slot::<{ ROOM[3] }>(frame, header, held)
     }
 }
 
@@ -126,7 +128,11 @@ struct Slot<const ROOM: usize> {
 }
 
 #[inline(always)]
-fn copy_to_slot<const ROOM: usize>(frame: &impl Captured, header: &FrameHeader) -> bool {
+fn copy_to_slot<const ROOM: usize>(
+    frame: &impl Captured,
+    header: &FrameHeader,
+    held: bool,
+) -> bool {
     let Some(mut slot) = FRAMES.reserve::<Slot<ROOM>>(0) else {
         return false;
     };
@@ -150,16 +156,27 @@ fn copy_to_slot<const ROOM: usize>(frame: &impl Captured, header: &FrameHeader) 
         }
     };
     if copied {
-        slot.submit(wake(header));
+        slot.submit(wake(header, held));
     } else {
         slot.discard(0);
     }
     copied
 }
 
+/// Whether it is the copy of a SYN-ACK that the ACK gate holds: a client waits for what the standby says of it.
 #[inline(always)]
-fn wake(header: &FrameHeader) -> u64 {
-    match wake_decide(header.len, header.arrival_ns, rest_until()) {
+fn is_held(frame: &impl Captured, class: &Classified) -> bool {
+    let Some(tcp) = class.tcp() else {
+        return false;
+    };
+    matches!(class.direction, Direction::FromVip)
+        && is_syn_ack(tcp)
+        && frame.load::<2>(tcp.offset + URGENT_OFFSET) == Some(HELD_URGENT.to_be_bytes())
+}
+
+#[inline(always)]
+fn wake(header: &FrameHeader, held: bool) -> u64 {
+    match wake_decide(header.len, held, header.arrival_ns, rest_until()) {
         Wake::WhenCaughtUp => 0,
         Wake::Now => {
             end_rest();

@@ -12,13 +12,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
+use rfsis_common::ack_gate::AckGateVerdict;
 use rfsis_common::frame::{TcpPart, classify, refused_udp_port};
 use rfsis_common::maps::{HeldEvent, MirrorPeer};
-use rfsis_common::verdict::{GateVerdict, gate_decide, revokes_approval, tell_copy};
+use rfsis_common::verdict::{GateVerdict, gate_decide, is_syn_ack, tell_copy};
 
 use crate::maps::{
-    APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, mirror_peer, node_state, vip,
-    worth_logging,
+    APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, is_guarding, mirror_peer,
+    node_state, vip, worth_logging,
 };
 use crate::skb::SkbFrame;
 use crate::{ack_gate, mirror};
@@ -51,14 +52,22 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
     match verdict {
         GateVerdict::Other | GateVerdict::Copy => TC_ACT_UNSPEC,
         GateVerdict::Passed => {
-            if let Some(tcp) = frame.tcp()
-                && revokes_approval(tcp)
-            {
+            let opens = frame.tcp().filter(|tcp| is_syn_ack(tcp));
+            if let Some(tcp) = opens {
                 // Fails where there is none, which is the usual case.
                 let _ = APPROVED_FLOWS.remove(tcp.flow);
             }
-            if !ack_gate::admit(&ctx, &frame, now_ns) {
-                return TC_ACT_STOLEN;
+            match ack_gate::judge(&ctx, &frame, now_ns) {
+                AckGateVerdict::Held | AckGateVerdict::OpeningLost => return TC_ACT_STOLEN,
+                AckGateVerdict::Opening => {
+                    mirror::offer_held(&ctx, &frame, now_ns);
+                    return TC_ACT_STOLEN;
+                }
+                // The standby has got it when it was held.
+                AckGateVerdict::Released if opens.is_some() && is_guarding() => {
+                    return TC_ACT_UNSPEC;
+                }
+                _ => {}
             }
             if mirror::offer(&ctx, &frame, now_ns) {
                 TC_ACT_UNSPEC

@@ -10,8 +10,9 @@
 //!
 //! The program on ingress also notices the SYNs of new connections, for the ACK gate, whatever the tap.
 //!
-//! A copy differs from its original in the hardware addresses only: to the standby's tap, from the
-//! interface that it leaves by, so that switches learn nothing wrong. There is no extra header: what
+//! A copy differs from its original in the hardware addresses: to the standby's tap, from the interface
+//! that it leaves by, so that switches learn nothing wrong. That of a SYN-ACK which the ACK gate holds also
+//! says so, where nobody reads it. There is no extra header: what
 //! fitted the LAN fits again, and the kernel segments copies of super-frames and finishes their
 //! checksums as it does for any frame.
 
@@ -94,6 +95,17 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
             }
             intact
         }
+    }
+}
+
+/// Copies a SYN-ACK that the ACK gate holds, marked so. It is not put back as it was: it goes no further.
+#[inline(always)]
+pub fn offer_held(ctx: &TcContext, frame: &Classified, now_ns: u64) {
+    if mirror_ifindex() != 0
+        && let Some(tcp) = frame.tcp()
+        && ack_gate::mark_held(ctx, tcp)
+    {
+        offer(ctx, frame, now_ns);
     }
 }
 

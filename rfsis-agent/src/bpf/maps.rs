@@ -117,7 +117,7 @@ impl RestWriter {
         Ok(Self(Shared::new(map)))
     }
 
-    /// Small frames do not wake the reader before `until` (ns, CLOCK_MONOTONIC).
+    /// Frames do not wake the reader before `until` (ns, CLOCK_MONOTONIC).
     ///
     /// # Errors
     /// Only where the kernel refuses the system call.

@@ -8,8 +8,8 @@ use super::{Effects, Flow, Flows, MAX_OPENINGS};
 use crate::heartbeat::Nanos;
 use crate::lockstep::distance;
 use crate::segment::{Options, Segment};
-use crate::shadow::{BUFFER, FAR, Handshake};
-use crate::sync::{Confirm, Open, Record, Sack};
+use crate::shadow::{FAR, Handshake};
+use crate::sync::{Open, Record};
 
 /// A handshake under way.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,18 @@ pub(super) struct Opening {
 }
 
 impl Opening {
+    /// What both sides have said with this SYN-ACK.
+    fn open(&self, flow: FlowKey, answer: &Segment<'_>) -> Open {
+        Open {
+            flow,
+            client_isn: self.client_isn,
+            active_isn: answer.seq,
+            client_window: self.client_window,
+            client: self.client,
+            active: answer.options,
+        }
+    }
+
     /// What the client says when it has got the SYN-ACK with this number.
     pub(super) fn acknowledgement(&self, active_isn: u32) -> Segment<'static> {
         Segment {
@@ -121,6 +133,8 @@ impl Flows {
                     && shadow.handshake().active_isn == open.active_isn =>
             {
                 shadow.guard();
+                let known = shadow.handshake().open(flow);
+                self.tells.push(Record::Known(known));
                 self.note_touched(flow);
                 return true;
             }
@@ -169,14 +183,7 @@ impl Flows {
         self.drop_arrival(&flow);
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
-        let first = open.client_isn.wrapping_add(1);
-        self.tells.push(Record::Confirm(Confirm {
-            flow,
-            client_isn: open.client_isn,
-            ack: first,
-            edge: first.wrapping_add(BUFFER as u32),
-            sack: Sack::default(),
-        }));
+        self.tells.push(Record::Known(*open));
         if acked == Some(open.active_isn.wrapping_add(1)) {
             self.process_client(flow, &opening.acknowledgement(open.active_isn), now, fx);
         }
@@ -277,10 +284,22 @@ impl Flows {
         if segment.ack != Some(opening.client_isn.wrapping_add(1)) {
             return true;
         }
-        let first = opening.answer.is_none();
-        opening.answer = Some((segment.seq, segment.options));
         let habit = self.habits.entry(flow.service_port).or_default();
         habit.learn(&opening.client, &segment.options);
+        if opening.guarded {
+            // A copy may be late, and what OPEN said is later than any that it was said after.
+            return true;
+        }
+        if segment.held {
+            let open = opening.open(flow, segment);
+            if !self.process_open(&open, now, fx) {
+                let client_isn = open.client_isn;
+                self.tells.push(Record::Refuse { flow, client_isn });
+            }
+            return true;
+        }
+        let first = opening.answer.is_none();
+        opening.answer = Some((segment.seq, segment.options));
         if first {
             opening.answered_at = now;
             // At the bound of the map the flow stays an opening, and is refused when it completes.

@@ -331,6 +331,7 @@ mod tests {
             timeout: 1_000 * MS,
             max_flows,
             idle_timeout: 1_000_000 * MS,
+            copied: true,
         });
         guard.go_active(0);
         guard

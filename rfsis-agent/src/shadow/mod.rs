@@ -44,7 +44,7 @@ use crate::lockstep::{Lockstep, TimestampClock, before, distance, later, window_
 use crate::metrics::FlowCondition;
 use crate::reorder::Reorder;
 use crate::segment::Options;
-use crate::sync::{Confirm, Sack};
+use crate::sync::{Confirm, Open, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 
@@ -94,6 +94,18 @@ pub struct Handshake {
 }
 
 impl Handshake {
+    /// As the nodes tell each other of it.
+    pub fn open(&self, flow: FlowKey) -> Open {
+        Open {
+            flow,
+            client_isn: self.client_isn,
+            active_isn: self.active_isn,
+            client_window: self.client_window,
+            client: self.client,
+            active: self.active,
+        }
+    }
+
     /// Window scaling counts only where both announced it (RFC 7323 section 2.2).
     fn shifts(&self) -> Option<(u8, u8)> {
         self.client.window_scale.zip(self.active.window_scale)

@@ -32,6 +32,7 @@ mod kind {
     pub const PART: u8 = 7;
     pub const GOT: u8 = 8;
     pub const DECLINE: u8 = 9;
+    pub const KNOWN: u8 = 10;
 }
 
 /// What one node tells the other about a flow. `client_isn` tells the connection from others of the
@@ -40,7 +41,10 @@ mod kind {
 pub enum Record {
     /// Active to standby: a connection that the active is about to accept.
     Open(Open),
-    /// Standby to active: what it holds of a flow. Also the answer to [`Record::Open`].
+    /// Standby to active: it follows this handshake. The answer to [`Record::Open`], and to the copy of a
+    /// SYN-ACK that is held.
+    Known(Open),
+    /// Standby to active: what it holds of a flow.
     Confirm(Confirm),
     /// Standby to active: it does not follow this flow, or no longer. Final for the connection.
     Refuse {
@@ -197,7 +201,7 @@ impl Record {
     /// Bytes that [`emit`](Self::emit) appends, at most [`MAX_RECORD_LEN`].
     pub fn wire_len(&self) -> usize {
         let rest = match self {
-            Record::Open(_) => 4 + 2 + 2 * OPTIONS_LEN,
+            Record::Open(_) | Record::Known(_) => 4 + 2 + 2 * OPTIONS_LEN,
             Record::Confirm(confirm) => 8 + confirm.sack.blocks().len() * BLOCK_LEN,
             Record::Refuse { .. } | Record::Close { .. } | Record::Decline { .. } => 0,
             Record::Told { .. } | Record::Got { .. } => 4,
@@ -213,6 +217,9 @@ impl Record {
             Record::Open(Open {
                 flow, client_isn, ..
             }) => (kind::OPEN, flow, client_isn),
+            Record::Known(Open {
+                flow, client_isn, ..
+            }) => (kind::KNOWN, flow, client_isn),
             Record::Confirm(Confirm {
                 flow, client_isn, ..
             }) => (kind::CONFIRM, flow, client_isn),
@@ -232,7 +239,7 @@ impl Record {
         out.extend(flow.service_port.to_be_bytes());
         out.extend(number.to_be_bytes());
         match self {
-            Record::Open(open) => {
+            Record::Open(open) | Record::Known(open) => {
                 out.extend(open.active_isn.to_be_bytes());
                 out.extend(open.client_window.to_be_bytes());
                 out.extend(options_to_bytes(&open.client));
@@ -265,7 +272,7 @@ impl Record {
     fn take(datagram: &mut Reader<'_>) -> Result<Option<Record>, RecordError> {
         let [kind, len] = datagram.array()?;
         let mut value = Reader(datagram.slice(usize::from(len))?);
-        if !(kind::OPEN..=kind::DECLINE).contains(&kind) {
+        if !(kind::OPEN..=kind::KNOWN).contains(&kind) {
             return Ok(None);
         }
         let flow = FlowKey {
@@ -276,14 +283,21 @@ impl Record {
         let number = value.u32()?;
         let client_isn = number;
         let record = match kind {
-            kind::OPEN => Record::Open(Open {
-                flow,
-                client_isn,
-                active_isn: value.u32()?,
-                client_window: value.u16()?,
-                client: options_from_bytes(value.array()?)?,
-                active: options_from_bytes(value.array()?)?,
-            }),
+            kind::OPEN | kind::KNOWN => {
+                let open = Open {
+                    flow,
+                    client_isn,
+                    active_isn: value.u32()?,
+                    client_window: value.u16()?,
+                    client: options_from_bytes(value.array()?)?,
+                    active: options_from_bytes(value.array()?)?,
+                };
+                if kind == kind::OPEN {
+                    Record::Open(open)
+                } else {
+                    Record::Known(open)
+                }
+            }
             kind::CONFIRM => Record::Confirm(Confirm {
                 flow,
                 client_isn,
@@ -493,17 +507,19 @@ pub(super) mod tests {
     /// Any record that an agent may write.
     pub(in crate::sync) fn records() -> impl Strategy<Value = Record> {
         let opens = (flows(), any::<(u32, u32, u16)>(), options(), options()).prop_map(
-            |(flow, (client_isn, active_isn, client_window), client, active)| {
-                Record::Open(Open {
-                    flow,
-                    client_isn,
-                    active_isn,
-                    client_window,
-                    client,
-                    active,
-                })
+            |(flow, (client_isn, active_isn, client_window), client, active)| Open {
+                flow,
+                client_isn,
+                active_isn,
+                client_window,
+                client,
+                active,
             },
         );
+        let opens = (opens, any::<bool>()).prop_map(|(open, known)| match known {
+            false => Record::Open(open),
+            true => Record::Known(open),
+        });
         let confirms = (flows(), any::<(u32, u32, u32)>(), sacks()).prop_map(
             |(flow, (client_isn, ack, edge), sack)| {
                 Record::Confirm(Confirm {
@@ -614,7 +630,7 @@ pub(super) mod tests {
         /// A later version may add types, and an older reader still finds its own.
         #[test]
         fn unknown_types_are_stepped_over_and_counted(
-            known in records(), kind in 10u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
+            known in records(), kind in 11u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
         ) {
             let unknown = [&[kind, value.len() as u8][..], &value].concat();
             let bytes = [&unknown[..], &emit(std::slice::from_ref(&known)), &unknown].concat();
@@ -633,7 +649,7 @@ pub(super) mod tests {
     #[test]
     fn the_layout_is_the_documented_one() {
         let flow_and_isn = [10, 0, 0, 1, 0x12, 0x34, 0, 7, 0, 0, 0, 9];
-        let open = Record::Open(Open {
+        let open = Open {
             flow: FLOW,
             client_isn: 9,
             active_isn: 0x0102_0304,
@@ -648,7 +664,12 @@ pub(super) mod tests {
                 mss: Some(536),
                 ..Options::default()
             },
-        });
+        };
+        let opening = [
+            1, 2, 3, 4, 5, 6, // active's number, client's window
+            15, 7, 5, 0xb4, 0x11, 0x12, 0x13, 0x14, 0, 0, 0, 0, // client's options
+            1, 0, 2, 24, 0, 0, 0, 0, 0, 0, 0, 0, // active's options
+        ];
         let (flow, join) = (FLOW, 9);
         let part = Record::Part(Part {
             flow,
@@ -657,7 +678,7 @@ pub(super) mod tests {
             offset: 3,
             bytes: [7, 8].into(),
         });
-        let values: [(Record, u8, &[u8]); 9] = [
+        let values: [(Record, u8, &[u8]); 10] = [
             (
                 Record::Offer(Offer {
                     flow,
@@ -679,15 +700,8 @@ pub(super) mod tests {
                 &[0, 0, 0, 1],
             ),
             (Record::Decline { flow, join }, 9, &[]),
-            (
-                open,
-                1,
-                &[
-                    1, 2, 3, 4, 5, 6, // active's number, client's window
-                    15, 7, 5, 0xb4, 0x11, 0x12, 0x13, 0x14, 0, 0, 0, 0, // client's options
-                    1, 0, 2, 24, 0, 0, 0, 0, 0, 0, 0, 0, // active's options
-                ],
-            ),
+            (Record::Open(open), 1, &opening),
+            (Record::Known(open), 10, &opening),
             (
                 Record::Confirm(Confirm {
                     flow: FLOW,

@@ -14,7 +14,7 @@ use rfsis_common::ack_gate::{
 };
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
 use rfsis_common::maps::{MirrorPeer, State};
-use rfsis_common::mirror::MirrorVerdict;
+use rfsis_common::mirror::{HELD_URGENT, MirrorVerdict, URGENT_OFFSET};
 
 use tests::patience::wait_until;
 
@@ -590,6 +590,48 @@ fn a_syn_that_comes_in_is_reported_whether_or_not_the_gate_guards() {
         gate.maps.set_mode(false).unwrap();
         transmit(&lan, &syn);
         assert_eq!(next_opening(&mut ring).kind, OpeningKind::Syn as u32);
+    });
+}
+
+#[test]
+fn the_standby_gets_a_held_syn_ack_marked_so_and_the_released_one_not_again() {
+    in_namespace(|| {
+        veth(1500);
+        run("ip link set eth0 address 02:00:00:00:00:01");
+        let mut gate = Gate::new(load_guarded_mirror("eth0"));
+        gate.programs.attach_gate("eth0").unwrap();
+        let standby = [2, 0, 0, 0, 0, 0x42];
+        let mirror = gate.programs.mirror().unwrap();
+        mirror.write(MirrorPeer::at(standby)).unwrap();
+        let lan = packet_socket("peer0");
+        let copy = || receive(&lan, QUIET, |frame| frame.starts_with(&standby));
+        let frame = pure(FIRST, 64_000)
+            .flags(SYN | ACK)
+            .seq(NEXT - 1)
+            .options(&[SYN_OPTIONS])
+            .frame();
+        gate.expect("held", &frame, 0, AckGateVerdict::Opening, None);
+        let found = copy().unwrap();
+        let tcp = &found[34..];
+        let sum = folded(&[&pseudo_header(tcp.len())[..], tcp].concat());
+        assert_eq!(sum, 0xffff, "the checksum is right");
+        let marked = HELD_URGENT.to_be_bytes();
+        assert_eq!(tcp[URGENT_OFFSET..][..2], marked);
+        let mut rest = found[14..].to_vec();
+        rest[20 + 16..20 + 20].copy_from_slice(&frame[50..54]);
+        assert_eq!(rest, frame[14..], "nothing else differs");
+
+        let released = AckGateVerdict::Released;
+        gate.open_flow(Confirmation::new(FIRST, FIRST_EDGE));
+        gate.expect("released", &frame, RELEASE_MARK, released, Some(&frame));
+        assert_eq!(copy(), None);
+        // While the gate is open nobody has held it, and the copy says so.
+        gate.maps.withdraw(&FLOW).unwrap();
+        gate.maps.set_mode(false).unwrap();
+        gate.expect("open", &frame, 0, AckGateVerdict::Open, Some(&frame));
+        assert_eq!(copy().unwrap()[14..], frame[14..]);
+        gate.expect("let go", &frame, RELEASE_MARK, released, Some(&frame));
+        assert_eq!(copy().unwrap()[14..], frame[14..]);
     });
 }
 

@@ -14,6 +14,7 @@ use rfsis_common::maps::{
     Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent,
     HeldEvent, NodeState, State,
 };
+use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 use tests::patience::{PATIENCE, wait_until};
 
@@ -271,7 +272,7 @@ fn frames_of_every_length_are_copied_whole() {
 }
 
 #[test]
-fn a_reader_that_rests_is_woken_by_a_long_frame_and_by_no_small_one() {
+fn a_reader_that_rests_is_woken_by_a_long_frame_and_a_held_syn_ack_and_by_no_other() {
     on_each_hook(|hook| {
         let mut programs = load();
         let mut ring = programs.take_frames().unwrap();
@@ -296,11 +297,11 @@ fn a_reader_that_rests_is_woken_by_a_long_frame_and_by_no_small_one() {
             wait_until("the reader to wait", stat, |stat| stat.contains(") S "));
         };
         let woken = || wakes.recv_timeout(PATIENCE).unwrap().1;
-        let mut send = |payload: &[u8]| {
-            let (_, verdict) = catch(&mut programs, hook, "TCP", &tcp_to_vip(ACK, payload));
+        let mut send = |frame: &[u8]| {
+            let (_, verdict) = catch(&mut programs, hook, "TCP", frame);
             assert_eq!(verdict, XdpVerdict::Mirrored);
         };
-        let (small, long) = ([7; 64], [7; 1000]);
+        let (small, long) = (tcp_to_vip(ACK, &[7; 64]), tcp_to_vip(ACK, &[7; 1000]));
         for until in [0, now_ns()] {
             rest.write(until).unwrap();
             asleep();
@@ -317,6 +318,17 @@ fn a_reader_that_rests_is_woken_by_a_long_frame_and_by_no_small_one() {
         asleep();
         send(&small);
         assert_eq!(woken(), 1, "{hook:?}: the long one has ended the rest");
+        asleep();
+        rest.write(u64::MAX).unwrap();
+        // Urgent pointer of a plain SYN-ACK, and of the copy of one that is held.
+        for urgent in [[0; 2], HELD_URGENT.to_be_bytes()] {
+            send(&with(
+                tcp_from_vip(SYN | ACK, b""),
+                34 + URGENT_OFFSET,
+                &urgent,
+            ));
+        }
+        assert_eq!(woken(), 2, "{hook:?}: a client waits for the held one");
         // The thread ends when it finds nobody listening.
         drop(wakes);
         send(&small);

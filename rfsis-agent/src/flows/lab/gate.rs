@@ -6,10 +6,11 @@ use rfsis_common::ack_gate::{
     AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide, note_release,
 };
 use rfsis_common::frame::tcp_flags;
+use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 
 use super::*;
 use crate::guard::{Guard, GuardConfig, GuardEffects};
-use crate::segment::Options;
+use crate::segment::{self, Options};
 use crate::sync::{Record, Snapshot};
 
 const SLOTS: usize = 64;
@@ -72,6 +73,19 @@ impl GuardEffects for Maps {
     }
 }
 
+impl Maps {
+    /// What was sent past the gate since the last call.
+    pub fn take_released(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.released)
+    }
+
+    /// The gate holds an acknowledgement of the kernel's.
+    pub fn holds(&mut self, flow: FlowKey, ack: u32, flags: u32) {
+        let sent = &mut self.sent[self.guarded[&flow].slot as usize];
+        (sent.ack, sent.flags) = (ack, flags);
+    }
+}
+
 /// A datagram of the sync channel: when it arrives, for whom, whether an answer is wanted, what it says.
 #[derive(Debug)]
 struct Datagram {
@@ -94,6 +108,8 @@ pub struct Gate {
     pub silent_standby: bool,
     /// The active's connections tell nothing of themselves.
     pub no_snapshots: bool,
+    /// OPEN records that the active said.
+    pub told_of: usize,
 }
 
 impl Gate {
@@ -103,6 +119,7 @@ impl Gate {
             timeout: 30 * MS,
             max_flows: SLOTS,
             idle_timeout: 3600 * SECOND,
+            copied: true,
         });
         guard.go_active(now);
         Self {
@@ -118,6 +135,7 @@ impl Gate {
             sync_loss: 0,
             silent_standby: false,
             no_snapshots: false,
+            told_of: 0,
         }
     }
 
@@ -191,6 +209,14 @@ impl Gate {
     }
 }
 
+/// The copy of a SYN-ACK that is held.
+pub fn held(mut packet: Vec<u8>) -> Vec<u8> {
+    // Behind an IPv4 header without options.
+    packet[20 + URGENT_OFFSET..][..2].copy_from_slice(&HELD_URGENT.to_be_bytes());
+    segment::complete_checksum(&mut packet);
+    packet
+}
+
 fn outgoing(segment: &Segment<'_>) -> Outgoing {
     let flag = |set, bit| if set { bit } else { 0 };
     let (tsval, tsecr) = segment.options.timestamp.unwrap_or((0, 0));
@@ -259,12 +285,17 @@ impl Lab {
         };
         gate.maps.now = now;
         let (flow, segment) = parse(&packet, Direction::FromVip).unwrap();
+        let opens = segment.syn;
         if let Some(track) = self.world.tracks.get_mut(&flow) {
             track.kernel_says(&segment);
         }
-        if let Some(packet) = gate.leave(&packet) {
-            self.check_told(&packet);
-            self.post(packet, Direction2::FromVip);
+        match gate.leave(&packet) {
+            Some(packet) => {
+                self.check_told(&packet);
+                self.post(packet, Direction2::FromVip);
+            }
+            None if opens => self.tap(&held(packet), Direction::FromVip),
+            None => {}
         }
         self.run_gate();
     }
@@ -302,8 +333,10 @@ impl Lab {
             (Some(gate), Direction::ToVip) => gate.copies(packet),
             (Some(gate), Direction::FromVip) => {
                 let (flow, segment) = parse(packet, direction).unwrap();
-                let bounds = segment.syn || segment.fin || segment.rst;
-                bounds || !gate.maps.guarded.contains_key(&flow)
+                let known = gate.maps.guarded.contains_key(&flow);
+                // Of a SYN-ACK that is released the standby got a copy when it was held.
+                let opens = segment.syn && !(known && gate.maps.guarding);
+                opens || segment.fin || segment.rst || !known
             }
         }
     }
@@ -326,6 +359,8 @@ impl Lab {
         let Some(gate) = &mut self.gate else {
             return;
         };
+        let opens = records.iter().filter(|r| matches!(r, Record::Open(_)));
+        gate.told_of += opens.count();
         if gate.silent_standby || self.rng.happens(gate.sync_loss) {
             return;
         }
@@ -351,7 +386,7 @@ impl Lab {
             let mut records = vec![];
             let ping = gate.guard.take_records(&mut records);
             let wanted = std::mem::take(&mut gate.maps.wanted);
-            let released = std::mem::take(&mut gate.maps.released);
+            let released = gate.maps.take_released();
             let due = gate.channel.iter().position(|d| d.at <= now);
             let datagram = due.and_then(|at| gate.channel.remove(at));
             for packet in released {

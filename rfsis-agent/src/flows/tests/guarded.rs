@@ -283,3 +283,29 @@ fn a_client_that_is_far_ahead_of_the_standby_is_caught_up_with() {
         lab.finish();
     }
 }
+
+/// The active did not reach the standby at the end, and may have told its clients of anything: a hole is not
+/// waited for as if the client were sure to fill it.
+#[test]
+fn a_client_of_a_standby_that_was_not_asked_does_not_wait_long_behind_a_hole() {
+    for exposed in [false, true] {
+        let mut lab = Lab::guarded(14);
+        let plan = Plan::echo(2_000_000).typed(2_000, MS);
+        let conn = lab.connect(plan, Tweaks::default());
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 50_000));
+        lab.gate.as_mut().unwrap().silent_standby = true;
+        lab.faults.tap_loss = 1000;
+        lab.run_for(40 * MS);
+        assert!(!lab.gate.as_ref().unwrap().guard.is_guarding());
+        let before = lab.conns[conn].got;
+        assert!(lab.run_until(5 * SECOND, |lab| lab.conns[conn].got >= before + 50_000));
+        if exposed {
+            lab.flows.expose();
+        }
+        let report = lab.fail_over(30 * MS);
+        assert_eq!(report.live, 1, "nothing has told it what it lacks");
+        lab.faults.tap_loss = 0;
+        lab.run_for(20 * SECOND);
+        assert_eq!(lab.conns[conn].reset, exposed);
+    }
+}

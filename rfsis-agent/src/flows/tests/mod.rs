@@ -11,6 +11,7 @@ mod by_hand;
 mod guarded;
 mod histories;
 mod late;
+mod opening;
 
 fn lab() -> Lab {
     Lab::new(7)
