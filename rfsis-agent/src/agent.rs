@@ -242,6 +242,16 @@ async fn attach_and_serve(
     if netif.add_vip(config.virtual_ip, config.prefix_len).await? == VipAddress::AlreadyThere {
         tracing::info!(vip = %config.virtual_ip, "the VIP is already configured");
     }
+    let sockets = VipSockets {
+        vip: config.virtual_ip,
+        ports: ports(config, Protocol::Tcp),
+    };
+    let (services_state, state) = watch::channel(State::Standby);
+    // A socket that a killed agent was just adopting may not allow its address to be used again. The gate is
+    // closed: nobody hears of its end.
+    if let Err(error) = sockets.destroy(&mut state.clone()).await {
+        tracing::debug!(%error, "stale sockets stay until they end by themselves");
+    }
     let services = Services::bind(config.virtual_ip, &config.services)?;
 
     if let Err(error) = sys::raise_open_files() {
@@ -260,10 +270,6 @@ async fn attach_and_serve(
     metrics.heartbeat_age.set(f64::NAN);
     let shared = Arc::new(Shared::default());
     let (pulse, orders) = PulseHandle::new().context("cannot create an eventfd")?;
-    let sockets = VipSockets {
-        vip: config.virtual_ip,
-        ports: ports(config, Protocol::Tcp),
-    };
     let redundancy = Arc::new(Redundancy::new(
         Arc::clone(&shared),
         Arc::clone(&metrics),
@@ -295,7 +301,6 @@ async fn attach_and_serve(
     let cancel = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
-    let (services_state, state) = watch::channel(State::Standby);
     tasks.spawn(destroy_stale(sockets, state.clone()));
     let approvals = Arc::new(programs.approvals()?);
     let (connections, snapshots) = Connections::new().context("cannot create an eventfd")?;

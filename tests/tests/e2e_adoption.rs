@@ -56,6 +56,8 @@ fn idle_connections_are_adopted(wiring: Wiring) {
     wait_adopted(&lab, &pair.backup, COUNT);
     // Nobody protects them until a standby has joined them.
     pair.backup.wait_flows("unprotected", COUNT as u64);
+    pair.backup
+        .wait_status("all of them at risk", |status| status["at_risk"] == COUNT);
     for (stream, seed) in streams.iter().zip(1_000..) {
         echo_exactly(stream, 100_000, seed, &AtomicU64::new(0)).unwrap();
     }
