@@ -355,6 +355,62 @@ mod tests {
     }
 
     #[test]
+    fn on_a_handover_frames_that_are_not_ours_are_nobodys() {
+        let mut relay = relay(false);
+        let packet = segment(TcpControl::Psh, 1, b"data");
+        let mut arp = frame(OWN, CLIENT, &packet);
+        arp[12..14].copy_from_slice(&[0x08, 0x06]);
+        let outgoing = |header| FrameHeader {
+            direction: Direction::FromVip as u16,
+            ..header
+        };
+        for frame in [frame(PEER, CLIENT, &packet), frame(OWN, TAP, &packet), arp] {
+            let header = header(&frame, State::HandingOver, 1);
+            let nobodys = (Some(FrameResult::Foreign), vec![]);
+            assert_eq!(process(&mut relay, &frame, header), nobodys);
+        }
+        let ours = frame(OWN, CLIENT, &packet);
+        let header = outgoing(header(&ours, State::HandingOver, 1));
+        let result = process(&mut relay, &ours, header).0;
+        assert_eq!(result, Some(FrameResult::Foreign), "from the VIP");
+        relay.open(PEER, 2, |_| panic!("sent"));
+    }
+
+    #[test]
+    fn a_datagram_is_sent_on_as_it_is_and_one_beyond_the_mtu_is_not() {
+        for (len, count) in [(1500, 1), (1501, 0)] {
+            let mut relay = relay(false);
+            let mut packet = vec![0; len];
+            let mut ip = Ipv4Packet::new_unchecked(&mut packet[..]);
+            ip.set_version(4);
+            ip.set_header_len(20);
+            ip.set_total_len(len as u16);
+            ip.set_next_header(smoltcp::wire::IpProtocol::Udp);
+            ip.set_src_addr(Ipv4Addr::new(10, 0, 0, 9));
+            ip.set_dst_addr(VIP);
+            ip.fill_checksum();
+            let frame = frame(OWN, CLIENT, &packet);
+            process(&mut relay, &frame, header(&frame, State::HandingOver, 1));
+            let mut sent = Vec::new();
+            relay.open(PEER, 2, |frame| sent.push(frame[14..].to_vec()));
+            assert_eq!(sent, vec![packet; count], "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn it_is_open_from_the_offer_until_the_neighbours_have_been_told() {
+        let mut relay = relay(false);
+        assert!(!relay.is_open(0));
+        relay.begin();
+        assert!(relay.is_open(Nanos::MAX));
+        relay.open(PEER, 10, |_| {});
+        assert!(relay.is_open(10 + PATIENCE - 1) && !relay.is_open(10 + PATIENCE));
+        relay.begin();
+        relay.close();
+        assert!(!relay.is_open(0));
+    }
+
+    #[test]
     fn a_packet_whose_checksum_is_wrong_is_not_mended_by_sending_it_on() {
         let mut relay = relay(false);
         let mut packet = segment(TcpControl::Psh, 1, b"data");

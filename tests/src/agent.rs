@@ -348,6 +348,15 @@ impl Agent {
         wait_until(&what, || self.status(), accepted).unwrap_or_default()
     }
 
+    /// Waits until it answers, and so sends heartbeats: one that starts now hears it within its start-up grace.
+    ///
+    /// # Panics
+    /// When it never does.
+    #[track_caller]
+    pub fn wait_running(&self) {
+        self.wait_status("an answer", |_| true);
+    }
+
     /// Waits for a state by its word: `active`, `standby`, …
     ///
     /// # Panics
@@ -485,6 +494,7 @@ impl Pair {
     /// When they do not get there.
     pub fn start(lab: &Lab, settings: &Settings) -> Self {
         let primary = Agent::start(lab, Host::A, "primary", settings);
+        primary.wait_running();
         let backup = Agent::start(lab, Host::B, "backup", settings);
         Self::settled(primary, backup)
     }
@@ -498,6 +508,7 @@ impl Pair {
     /// When they do not become what their roles say.
     pub fn start_with(lab: &Lab, config: &Path) -> Result<Self> {
         let primary = Agent::start_with(lab, Host::A, "primary", config)?;
+        primary.wait_running();
         let backup = Agent::start_with(lab, Host::B, "backup", config)?;
         Ok(Self::settled(primary, backup))
     }

@@ -154,9 +154,20 @@ fn copying_ends_with_the_standby_and_begins_again_with_the_next() {
     wait_until_they_hear_each_other(&pair);
     let mut second = Typist::tcp(&lab, port::ECHO);
     second.echoes("copied again");
-    nc.echoes("and this");
-    // The older flow is handed over.
-    pair.backup.wait_flows("lockstep", 2);
+    // And the older flow has joined late.
+    let status = pair.backup.wait_flows("lockstep", 2);
+    assert_eq!(status["flows"]["unprotected"], 0, "{status}");
+    let late_joins = "rfsis_late_joins_total";
+    let joined = [("result", "joined")];
+    let scrape = pair.primary.wait_metric(late_joins, &joined, 1.0);
+    assert_eq!(
+        scrape.sum(late_joins, &[]),
+        1.0,
+        "the newer was never unknown"
+    );
+    let alone = scrape.sum(COPIES, &CLONED);
+    nc.echoes("copied to the next");
+    pair.primary.wait_metric(COPIES, &CLONED, alone + 1.0);
 }
 
 #[test]

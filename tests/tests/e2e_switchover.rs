@@ -316,31 +316,68 @@ fn a_standby_that_hangs_does_not_take_the_vip_then_or_later(wiring: Wiring) {
     assert_eq!(state(&pair.backup), "standby");
 }
 
-fn a_restarted_standby_costs_nothing_and_is_ready_when_it_knows_every_flow(wiring: Wiring) {
+/// The backup's agent dies and is started anew, while the connections go on.
+fn restart_backup(lab: &Lab, pair: &mut Pair, settings: &Settings, connections: &mut [Typist]) {
+    pair.backup.kill9();
+    pair.backup.await_exit();
+    for nc in &mut *connections {
+        nc.echoes("while it is gone");
+    }
+    pair.backup = Agent::start(lab, Host::B, "backup", settings);
+    pair.backup
+        .wait_status("back", |status| status["peer"]["state"] == "active");
+    for nc in connections {
+        nc.echoes("it is back");
+    }
+}
+
+fn a_restarted_standby_costs_nothing_and_is_ready_when_it_has_every_flow(wiring: Wiring) {
     let lab = wiring.lab();
     let settings = wiring.settings();
     let mut pair = Pair::start(&lab, &settings);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
-    pair.backup.kill9();
-    pair.backup.await_exit();
-    nc.echoes("while it is gone");
-    pair.backup = Agent::start(&lab, Host::B, "backup", &settings);
-    pair.backup
-        .wait_status("back", |status| status["peer"]["state"] == "active");
-    nc.echoes("it is back");
-    // Ready may be the word of a moment ago.
+    restart_backup(&lab, &mut pair, &settings, std::slice::from_mut(&mut nc));
     for agent in [&pair.primary, &pair.backup] {
+        // Ready may be the word of a moment ago.
         let status = agent.wait_status("ready with all flows", |status| {
             status["ready"] == true && status["at_risk"] == 0
         });
         assert!(status["last_failover"].is_null(), "{status}");
     }
     pair.backup.wait_flows("lockstep", 1);
-    switches(&pair.primary, &[]);
-    nc.echoes("on the restarted one");
+    switches(&pair.backup, &[]);
+    nc.echoes("on the backup");
     assert!(nc.hang_up().success());
+}
+
+fn a_flow_that_the_restarted_standby_cannot_take_is_at_risk_until_it_ends(wiring: Wiring) {
+    let lab = wiring.lab();
+    let settings = wiring.settings();
+    let mut pair = Pair::start(&lab, &settings);
+    let mut connections = [(); 2].map(|()| Typist::tcp(&lab, port::ECHO));
+    for nc in &mut connections {
+        nc.echoes("before");
+    }
+    pair.backup.wait_flows("lockstep", 2);
+    let room_for_one = Settings {
+        max_flows: Some(1),
+        ..settings
+    };
+    restart_backup(&lab, &mut pair, &room_for_one, &mut connections);
+    for agent in [&pair.primary, &pair.backup] {
+        let status = agent.wait_status("a flow at risk", |status| status["at_risk"] == 1);
+        agent.wait_status("not ready", |status| status["ready"] == false);
+        assert!(status["last_failover"].is_null(), "{status}");
+    }
+    refuses(&pair.backup, &[], "1 flow is unprotected");
+    for mut nc in connections {
+        assert!(nc.hang_up().success());
+    }
+    for agent in [&pair.primary, &pair.backup] {
+        agent.wait_status("ready", |status| status["ready"] == true);
+    }
 }
 
 /// The host lives and its agent is killed: the kernel goes on closing what that had open, forever silent.
@@ -411,5 +448,6 @@ on_each_wiring!([planned_lan: Lan, planned_mirror: Mirror] {
 });
 
 on_each_wiring!([guarded: Mirror] {
-    restart => a_restarted_standby_costs_nothing_and_is_ready_when_it_knows_every_flow;
+    restart => a_restarted_standby_costs_nothing_and_is_ready_when_it_has_every_flow;
+    no_room => a_flow_that_the_restarted_standby_cannot_take_is_at_risk_until_it_ends;
 });
