@@ -173,6 +173,9 @@ struct Flow {
     active_isn: u32,
     shift: u8,
     sack_permitted: bool,
+    /// The kernel may have spoken before the gate knew of the flow, so that the client may have been told of
+    /// more than the gate has noted.
+    spoke_unseen: bool,
     phase: Phase,
     confirmation: Confirmation,
     recheck: Option<Nanos>,
@@ -192,6 +195,7 @@ impl Flow {
             // Counts only where both announced it (RFC 7323 section 2.2).
             shift: open.active.window_scale.filter(|_| scaled).unwrap_or(0),
             sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
+            spoke_unseen: false,
             phase,
             confirmation: Confirmation::default(),
             recheck: None,
@@ -473,7 +477,8 @@ impl Guard {
             self.refused += 1;
             return;
         };
-        let known = Flow::new(slot, &open, Phase::Exposed, now);
+        let mut known = Flow::new(slot, &open, Phase::Exposed, now);
+        known.spoke_unseen = true;
         let guarded = known.guarded();
         self.flows.insert(flow, known);
         self.syns.remove(&flow);
@@ -508,6 +513,7 @@ impl Guard {
             }
             Record::Got { flow, join, next } => self.process_got(*flow, *join, *next, now, fx),
             Record::Decline { flow, join } => self.process_decline(*flow, *join, now, fx),
+            Record::Lost { flow, join } => self.process_lost(*flow, *join, now, fx),
             _ => {}
         }
     }
@@ -789,6 +795,8 @@ impl Guard {
         let Phase::Opening { open, answer, .. } = phase else {
             return;
         };
+        // The gate is open already: the kernel may have sent its SYN-ACK once more.
+        flow.spoke_unseen = true;
         let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer)).at(now);
         let ready = fx.start(flow.slot, sent)
             && fx.confirm(flow.slot, Confirmation::OPEN)
