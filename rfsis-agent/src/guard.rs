@@ -59,7 +59,8 @@ const OPENING_PATIENCE: Nanos = SECOND;
 const MAX_SYNS: usize = 16_384;
 
 /// A flow is forgotten so long after the kernel sent an RST, or its FIN, ns. What the client still says
-/// is between it and the kernel.
+/// is between it and the kernel. One that is not guarded has nothing to be confirmed behind its FIN, and
+/// would count as at risk.
 const RESET_LINGER: Nanos = 2 * SECOND;
 const FIN_LINGER: Nanos = 60 * SECOND;
 
@@ -176,6 +177,9 @@ struct Flow {
     active_isn: u32,
     shift: u8,
     sack_permitted: bool,
+    /// The kernel may have spoken before the gate knew of the flow, so that the client may have been told of
+    /// more than the gate has noted.
+    spoke_unseen: bool,
     phase: Phase,
     confirmation: Confirmation,
     recheck: Option<Nanos>,
@@ -195,6 +199,7 @@ impl Flow {
             // Counts only where both announced it (RFC 7323 section 2.2).
             shift: open.active.window_scale.filter(|_| scaled).unwrap_or(0),
             sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
+            spoke_unseen: false,
             phase,
             confirmation: Confirmation::default(),
             recheck: None,
@@ -477,7 +482,11 @@ impl Guard {
         };
         self.syns.remove(&flow);
         let sent = Sent::new(open.client_isn, open.active_isn, segment.window).at(now);
-        self.note_exposed(&open, sent, now, fx);
+        if self.note_exposed(&open, sent, now, fx)
+            && let Some(flow) = self.flows.get_mut(&flow)
+        {
+            flow.spoke_unseen = true;
+        }
     }
 
     /// Notes a flow that the kernel has, and the standby not. Returns whether there was room.
@@ -532,6 +541,7 @@ impl Guard {
             }
             Record::Got { flow, join, next } => self.process_got(*flow, *join, *next, now, fx),
             Record::Decline { flow, join } => self.process_decline(*flow, *join, now, fx),
+            Record::Lost { flow, join } => self.process_lost(*flow, *join, now, fx),
             _ => {}
         }
     }
@@ -839,6 +849,8 @@ impl Guard {
         let Phase::Opening { open, answer, .. } = phase else {
             return;
         };
+        // The gate is open already: the kernel may have sent its SYN-ACK once more.
+        flow.spoke_unseen = true;
         let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer)).at(now);
         let ready = fx.start(flow.slot, sent)
             && fx.confirm(flow.slot, Confirmation::OPEN)
@@ -892,8 +904,11 @@ impl Guard {
                 continue;
             };
             let quiet = now.saturating_sub(sent.at_ns);
+            // Of one that is not guarded there is nothing that the standby could still confirm.
+            let guarded = matches!(flow.phase, Phase::Guarded);
+            let fin_linger = if guarded { FIN_LINGER } else { RESET_LINGER };
             if (sent.flags & sent_flags::RST_SENT != 0 && quiet > RESET_LINGER)
-                || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > FIN_LINGER)
+                || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > fin_linger)
                 || quiet > self.config.idle_timeout
             {
                 ended.push((key, flow.client_isn));

@@ -9,7 +9,7 @@
 //!             ▲                      │  OFFER, repeated                  its task is to take │
 //!             │ later, and only      │                                        the snapshot   │
 //!             │ so many times        ▼                                                       ▼
-//!             └───── silence, or no snapshot ◄──────────────────────────────────────────  SENDING
+//!             └──── silence, LOST, no snapshot ◄─────────────────────────────────────────  SENDING
 //!                         │                                            PARTs, repeated from   │
 //!                 so many times, or DECLINE                            the last GOT           │
 //!                         ▼                                                                   ▼
@@ -279,6 +279,15 @@ impl Joins {
         let known = self.is(&flow, number);
         if known {
             self.decline(flow, JoinResult::Declined, now);
+        }
+        known
+    }
+
+    /// The standby has lost what it kept of the flow. Returns whether this was its join, which is tried again.
+    pub fn process_lost(&mut self, flow: FlowKey, number: u32, now: Nanos) -> bool {
+        let known = self.is(&flow, number);
+        if known {
+            self.fail(flow, now);
         }
         known
     }
@@ -648,6 +657,31 @@ mod tests {
         };
         assert_eq!(ended.result, JoinResult::Failed);
         assert!(ended.took >= (2 + 4 + 8 + 16) * PAUSE, "{ended:?}");
+    }
+
+    #[test]
+    fn what_the_standby_has_lost_is_offered_again_without_waiting_for_its_silence() {
+        let mut joins = Joins::default();
+        let mut records = vec![];
+        joins.want(flow(1), 0);
+        joins.poll(0, offer, &mut records);
+        let [Record::Offer(Offer { join, .. })] = records[..] else {
+            panic!("{records:?}");
+        };
+        assert!(joins.process_got(flow(1), join, 0, 0));
+        joins.process_snapshot(flow(1), join, Some(vec![1; 500]), 0);
+        joins.poll(0, offer, &mut records);
+        assert!(!joins.process_lost(flow(1), join + 1, 0), "of another");
+        assert!(joins.process_lost(flow(1), join, 0));
+        assert_eq!((joins.flows_under_way, joins.bytes_under_way), (0, 0));
+        let again = joins.next_wakeup();
+        assert!(again < PATIENCE / 2, "{again} ns");
+        records.clear();
+        joins.poll(again, offer, &mut records);
+        let [Record::Offer(Offer { join: next, .. })] = records[..] else {
+            panic!("{records:?}");
+        };
+        assert_ne!(next, join);
     }
 
     #[test]

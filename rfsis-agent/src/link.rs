@@ -293,7 +293,8 @@ impl Link {
                     | Record::Confirm(_)
                     | Record::Refuse { .. }
                     | Record::Got { .. }
-                    | Record::Decline { .. } => {
+                    | Record::Decline { .. }
+                    | Record::Lost { .. } => {
                         self.guard.process_record(&record, now, &mut self.gate);
                         None
                     }

@@ -3,7 +3,7 @@
 //! ```text
 //!  OFFER ──► arrival: keeps the flow's frames ──(all PARTs)──► shadow, made of the snapshot
 //!              │                                                 │ then the frames that were kept
-//!              └─(too much, too slow)──► unprotected             └──► CONFIRM
+//!              └─(too much, too slow)──► LOST, unprotected       └──► CONFIRM
 //! ```
 //!
 //! The active takes the snapshot when it has heard that the frames are kept. So what the client sends is
@@ -194,7 +194,7 @@ impl Flows {
             }
         }
         if self.arrival_bytes > BYTES_LIMIT {
-            self.drop_arrival(&flow);
+            self.lose_arrival(flow);
             return;
         }
         if !self.got.contains(&flow) {
@@ -229,7 +229,7 @@ impl Flows {
         };
         // It begins another connection on the same ports.
         if segment.syn {
-            self.drop_arrival(&flow);
+            self.lose_arrival(flow);
             return;
         }
         let has_bytes = !segment.payload.is_empty() || segment.fin;
@@ -242,8 +242,8 @@ impl Flows {
         let cost = frame.memory();
         while arrival.frame_bytes + cost > FRAMES_LIMIT || self.arrival_bytes + cost > BYTES_LIMIT {
             let Some(freed) = arrival.let_go_oldest() else {
-                // The others have taken all there is: the active offers this one again.
-                self.drop_arrival(&flow);
+                // The others have taken all there is.
+                self.lose_arrival(flow);
                 return;
             };
             self.arrival_bytes -= freed;
@@ -251,6 +251,15 @@ impl Flows {
         arrival.frames.push_back(frame);
         arrival.frame_bytes += cost;
         self.arrival_bytes += cost;
+    }
+
+    /// What is kept of the flow is of no use any more: the active offers it again, if it still runs.
+    fn lose_arrival(&mut self, flow: FlowKey) {
+        if let Some(Arrival { join, .. }) = self.arrivals.get(&flow) {
+            let join = *join;
+            self.drop_arrival(&flow);
+            self.tells.push(Record::Lost { flow, join });
+        }
     }
 
     pub(super) fn drop_arrival(&mut self, flow: &FlowKey) {
@@ -273,7 +282,7 @@ impl Flows {
             .map(|(flow, _)| *flow)
             .collect();
         for flow in old {
-            self.drop_arrival(&flow);
+            self.lose_arrival(flow);
         }
     }
 
@@ -293,8 +302,8 @@ impl Flows {
             }
         };
         if arrival.let_go.is_some_and(|end| before(snapshot.ack, end)) {
-            // Bytes are missing between the two. The active hears nothing, and offers the flow again.
-            return;
+            // Bytes are missing between the two.
+            return self.tells.push(Record::Lost { flow, join });
         }
         if !self.insert_restored(flow, join, snapshot, now, fx) {
             self.note_unprotected(flow, next, now);

@@ -4,8 +4,9 @@
 //!    from now on the client is told only what is confirmed, and what it was told before is so in a moment.
 //! 2. If it is not, the standby lacks bytes that the client will not send again: a snapshot has them. So it does
 //!    if it says that it does not know the flow (REFUSE), or cannot know it because it lived on a shadow until
-//!    the kernel took it. The flow is offered, and when the standby keeps its frames the snapshot is taken and
-//!    sent ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
+//!    the kernel took it; and where the gate cannot know what the client was told, since the kernel has said
+//!    nothing since the gate has known the flow. The flow is offered, and when the standby keeps its frames the
+//!    snapshot is taken and sent ([`Joins`](crate::join::Joins)); the shadow that is made of it confirms.
 //! 3. Before the snapshot is taken the flow is closed as well. Nobody is told of what comes after it until that
 //!    is confirmed, though its copies get lost; and the client's window bounds what the standby has to keep.
 
@@ -29,9 +30,15 @@ const CLOSED_IN_VAIN: u8 = 4;
 
 impl Flow {
     /// Whether everything that the client was told is confirmed.
-    pub(super) fn is_all_confirmed(&self, fx: &mut impl GuardEffects) -> bool {
-        fx.sent(self.slot)
-            .is_some_and(|sent| !before(self.confirmation.ack(), sent.told))
+    pub(super) fn is_all_confirmed(&mut self, fx: &mut impl GuardEffects) -> bool {
+        let Some(sent) = fx.sent(self.slot) else {
+            return false;
+        };
+        // Each segment acknowledges again all that was acknowledged before it.
+        if sent.version != 0 && sent.told == sent.ack {
+            self.spoke_unseen = false;
+        }
+        !self.spoke_unseen && !before(self.confirmation.ack(), sent.told)
     }
 }
 
@@ -123,6 +130,8 @@ impl Guard {
                 snapshot.client.timestamp = snapshot.client.timestamp.map(|_| (sent.tsecr, 0));
                 flow.client_isn = snapshot.client_isn();
                 flow.active_isn = snapshot.active_isn();
+                // By this number none is confirmed but a shadow that has all that the snapshot has.
+                flow.spoke_unseen = false;
                 flow.confirmation = Confirmation::default();
                 snapshot.to_bytes()
             });
@@ -146,6 +155,19 @@ impl Guard {
         }
     }
 
+    /// The standby could not keep the flow's frames: it is offered anew.
+    pub(super) fn process_lost(
+        &mut self,
+        key: FlowKey,
+        join: u32,
+        now: Nanos,
+        fx: &mut impl GuardEffects,
+    ) {
+        if self.joins.process_lost(key, join, now) {
+            self.stop_closing(key, fx);
+        }
+    }
+
     /// No snapshot comes: the client must not wait for it.
     fn stop_closing(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
         let phase = self.flows.get(&key).map(|flow| &flow.phase);
@@ -161,7 +183,7 @@ impl Guard {
             return;
         };
         // One that could not join is closed only where that ends it.
-        if !may_close && !flow.is_all_confirmed(fx) {
+        if !flow.is_all_confirmed(fx) && !may_close {
             return;
         }
         fx.confirm(flow.slot, flow.confirmation);

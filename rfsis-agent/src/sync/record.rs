@@ -33,6 +33,7 @@ mod kind {
     pub const GOT: u8 = 8;
     pub const DECLINE: u8 = 9;
     pub const KNOWN: u8 = 10;
+    pub const LOST: u8 = 11;
 }
 
 /// What one node tells the other about a flow. `client_isn` tells the connection from others of the
@@ -84,6 +85,13 @@ pub enum Record {
     },
     /// Standby to active: it has no use for the snapshot.
     Decline {
+        /// The flow.
+        flow: FlowKey,
+        /// Number of the late join.
+        join: u32,
+    },
+    /// Standby to active: it lacks frames from before the snapshot; another late join may do better.
+    Lost {
         /// The flow.
         flow: FlowKey,
         /// Number of the late join.
@@ -203,7 +211,10 @@ impl Record {
         let rest = match self {
             Record::Open(_) | Record::Known(_) => 4 + 2 + 2 * OPTIONS_LEN,
             Record::Confirm(confirm) => 8 + confirm.sack.blocks().len() * BLOCK_LEN,
-            Record::Refuse { .. } | Record::Close { .. } | Record::Decline { .. } => 0,
+            Record::Refuse { .. }
+            | Record::Close { .. }
+            | Record::Decline { .. }
+            | Record::Lost { .. } => 0,
             Record::Told { .. } | Record::Got { .. } => 4,
             Record::Offer(_) => 8,
             Record::Part(part) => 8 + part.bytes.len(),
@@ -232,6 +243,7 @@ impl Record {
             Record::Part(Part { flow, join, .. }) => (kind::PART, flow, join),
             Record::Got { flow, join, .. } => (kind::GOT, flow, join),
             Record::Decline { flow, join } => (kind::DECLINE, flow, join),
+            Record::Lost { flow, join } => (kind::LOST, flow, join),
         };
         out.extend([kind, (self.wire_len() - HEADER_LEN) as u8]);
         out.extend(flow.client_addr.to_be_bytes());
@@ -253,7 +265,10 @@ impl Record {
                     out.extend(right.to_be_bytes());
                 }
             }
-            Record::Refuse { .. } | Record::Close { .. } | Record::Decline { .. } => {}
+            Record::Refuse { .. }
+            | Record::Close { .. }
+            | Record::Decline { .. }
+            | Record::Lost { .. } => {}
             Record::Told { ack, .. } => out.extend(ack.to_be_bytes()),
             Record::Offer(offer) => {
                 out.extend(offer.client_isn.to_be_bytes());
@@ -272,7 +287,7 @@ impl Record {
     fn take(datagram: &mut Reader<'_>) -> Result<Option<Record>, RecordError> {
         let [kind, len] = datagram.array()?;
         let mut value = Reader(datagram.slice(usize::from(len))?);
-        if !(kind::OPEN..=kind::KNOWN).contains(&kind) {
+        if !(kind::OPEN..=kind::LOST).contains(&kind) {
             return Ok(None);
         }
         let flow = FlowKey {
@@ -324,7 +339,8 @@ impl Record {
                 join: number,
                 next: value.u32()?,
             },
-            _ => Record::Decline { flow, join: number },
+            kind::DECLINE => Record::Decline { flow, join: number },
+            _ => Record::Lost { flow, join: number },
         };
         if value.0.is_empty() {
             Ok(Some(record))
@@ -560,6 +576,7 @@ pub(super) mod tests {
             }),
             (one(), any::<u32>()).prop_map(|((flow, join), next)| Record::Got { flow, join, next }),
             one().prop_map(|(flow, join)| Record::Decline { flow, join }),
+            one().prop_map(|(flow, join)| Record::Lost { flow, join }),
             opens,
             confirms,
             one().prop_map(|(flow, client_isn)| Record::Refuse { flow, client_isn }),
@@ -630,7 +647,7 @@ pub(super) mod tests {
         /// A later version may add types, and an older reader still finds its own.
         #[test]
         fn unknown_types_are_stepped_over_and_counted(
-            known in records(), kind in 11u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
+            known in records(), kind in 12u8.., value in proptest::collection::vec(any::<u8>(), 0..=255),
         ) {
             let unknown = [&[kind, value.len() as u8][..], &value].concat();
             let bytes = [&unknown[..], &emit(std::slice::from_ref(&known)), &unknown].concat();
@@ -678,7 +695,7 @@ pub(super) mod tests {
             offset: 3,
             bytes: [7, 8].into(),
         });
-        let values: [(Record, u8, &[u8]); 10] = [
+        let values: [(Record, u8, &[u8]); 11] = [
             (
                 Record::Offer(Offer {
                     flow,
@@ -700,6 +717,7 @@ pub(super) mod tests {
                 &[0, 0, 0, 1],
             ),
             (Record::Decline { flow, join }, 9, &[]),
+            (Record::Lost { flow, join }, 11, &[]),
             (Record::Open(open), 1, &opening),
             (Record::Known(open), 10, &opening),
             (

@@ -139,10 +139,14 @@ impl Gate {
         }
     }
 
-    /// As if the gate had not noted the last bytes that the kernel sent of a flow.
+    /// As if the gate had noted nothing yet of a flow on which the client and the kernel have sent so many
+    /// bytes each.
     pub fn unsee(&mut self, flow: FlowKey, bytes: u32) {
         let sent = &mut self.maps.sent[self.maps.guarded[&flow].slot as usize];
-        sent.next = sent.next.wrapping_sub(bytes);
+        sent.version = 0;
+        for number in [&mut sent.next, &mut sent.ack, &mut sent.told] {
+            *number = number.wrapping_sub(bytes);
+        }
     }
 
     /// What becomes of a packet that the active's kernel sends.
@@ -176,6 +180,7 @@ impl Gate {
         let sent = &mut self.maps.sent[slot];
         let now = self.maps.now;
         sent.at_ns = now;
+        sent.version = sent.version.wrapping_add(2);
         let decision = ack_decide(&outgoing(&segment), sent, confirmation, guarded.shift);
         match decision.verdict {
             AckVerdict::Held => {

@@ -155,6 +155,41 @@ fn a_connection_that_spoke_before_its_gate_knew_it_joins_late() {
     lab.finish();
 }
 
+/// The same of a flow that a standby knows, which was silent meanwhile and lacks the last that came: what that
+/// confirms is more than the gate has noted, and less than the client was told.
+#[test]
+fn a_connection_that_spoke_before_its_gate_knew_it_is_guarded_when_all_is_held_and_not_before() {
+    for goes_on in [false, true] {
+        let mut lab = Lab::guarded(12);
+        lab.gate.as_mut().unwrap().silent_standby = true;
+        lab.run_for(50 * MS);
+        let plan = Plan::echo(400).typed(100, SECOND);
+        let conn = lab.connect(plan, Tweaks::default());
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got == 100));
+        lab.faults.tap_loss = 1000;
+        assert!(lab.run_until(2 * SECOND, |lab| lab.conns[conn].got == 200));
+        lab.run_for(100 * MS);
+        let flow = lab.conns[conn].flow();
+        let gate = lab.gate.as_mut().unwrap();
+        gate.unsee(flow, 200);
+        if goes_on {
+            // Now the gate notes all of it.
+            assert!(lab.run_until(2 * SECOND, |lab| lab.conns[conn].got == 300));
+        }
+        lab.faults.tap_loss = 0;
+        lab.gate.as_mut().unwrap().silent_standby = false;
+        assert!(lab.run_until(500 * MS, |lab| {
+            let joined = lab.joins() == [JoinResult::Joined];
+            assert!(joined || lab.guard_census().guarded == 0, "it lacks bytes");
+            joined
+        }));
+        assert!(lab.run_until(SECOND, |lab| lab.is_redundant(1)));
+        let report = lab.fail_over(30 * MS);
+        assert_eq!((report.live, report.resets.len()), (1, 0), "{report:?}");
+        lab.finish();
+    }
+}
+
 /// What `daytime` says depends on a clock: it cannot be handed over, and its client is told at a takeover.
 #[test]
 fn what_the_standby_cannot_compute_is_declined_and_reset_at_a_takeover() {
@@ -537,7 +572,11 @@ fn frames_are_let_go_if_the_snapshot_has_their_bytes() {
         };
         let bytes = snapshot.to_bytes();
         hostile.send(5, 1, bytes.len(), &bytes);
-        let held = hostile.says().into_iter().find_map(|record| match record {
+        let (flow, said) = (hostile.flow(5), hostile.says());
+        // So that it is offered again at once.
+        let lost = said.contains(&Record::Lost { flow, join: 1 });
+        assert_eq!(lost, !joins);
+        let held = said.into_iter().find_map(|record| match record {
             Record::Confirm(confirm) => Some(confirm.ack),
             _ => None,
         });
