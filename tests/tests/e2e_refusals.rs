@@ -291,7 +291,10 @@ fn every_single_missing_capability_is_named() {
     let binary = binary.to_string_lossy();
     for lacking in ["bpf", "net_admin", "net_raw", "perfmon", "net_bind_service"] {
         let bounding = format!("--bounding-set=-{lacking}");
+        // One that is not missed would run on.
         let arguments = [
+            "20",
+            "setpriv",
             &*bounding,
             "--inh-caps=-all",
             "--",
@@ -299,7 +302,7 @@ fn every_single_missing_capability_is_named() {
             "--config",
             &*config,
         ];
-        let output = lab.host(Host::A).output("setpriv", &arguments).unwrap();
+        let output = lab.host(Host::A).output("timeout", &arguments).unwrap();
         let (code, said) = outcome(&output);
         assert_eq!(code, 3, "{lacking}: {said}");
         let last = said.lines().last().unwrap_or_default();
