@@ -41,6 +41,7 @@ use crate::link::{self, KernelGuard, Link};
 use crate::metrics::{self, GuardCondition, HeartbeatReceived, Metrics, Protection, Ring};
 use crate::netif::{Netif, NetifError, VipAddress};
 use crate::node::{Event, Fact, Node, NodeConfig, TakeoverReason};
+use crate::privileges;
 use crate::pulse::{Notice, Pulse, PulseHandle, Takeover};
 use crate::redundancy::{self, Redundancy, age};
 use crate::relay::{Relay, RelayConfig};
@@ -102,6 +103,7 @@ fn exit_with(code: u8, error: impl std::error::Error + Send + Sync + 'static) ->
 /// # Errors
 /// See [`Fatal`].
 pub fn run(config: Config, role: Role) -> Result<(), Fatal> {
+    privileges::at_start()?;
     sys::map_large_buffers();
     runtime()?.block_on(run_until_stopped(config, role))
 }
@@ -128,6 +130,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Fatal> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
+        // What the start needs beyond that is done by the first thread.
+        .on_thread_start(privileges::while_running_or_abort)
         .build()
         .context("cannot start the async runtime")
         .map_err(Fatal::Failed)
@@ -258,7 +262,7 @@ async fn attach_and_serve(
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
     if let Err(error) = sys::lock_memory() {
-        tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow CAP_IPC_LOCK");
+        tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow it without limit (LimitMEMLOCK=infinity), or CAP_IPC_LOCK and CAP_SYS_RESOURCE");
     }
 
     let metrics =
@@ -394,6 +398,7 @@ async fn attach_and_serve(
         Arc::new(move || readiness.ready()),
         cancel.clone(),
     ));
+    privileges::while_running()?;
     tracing::info!(
         node = %config.nodes[own],
         role = role.as_str(),
@@ -578,6 +583,7 @@ fn start_engine(
         if let Err(error) = sys::nice(ENGINE_NICE) {
             tracing::warn!(%error, "cannot raise the shadow thread's priority; copies may be lost under load; allow CAP_SYS_NICE");
         }
+        privileges::while_running_or_abort();
         engine.run();
     })?;
     Ok((handle, thread))
@@ -656,6 +662,7 @@ fn start_pulse(
         if let Err(error) = sys::real_time(HEARTBEAT_PRIORITY) {
             tracing::warn!(%error, "no real-time priority for heartbeats; a busy host may look dead; allow CAP_SYS_NICE");
         }
+        privileges::while_running_or_abort();
         pulse.run(&handle);
     })
 }

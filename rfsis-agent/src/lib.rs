@@ -10,7 +10,7 @@
 //! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`adopt`] (a live
 //! shadow becomes one), [`tcp_repair`] (what a kernel socket knows), [`metrics`],
 //! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
-//! hops), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
+//! hops), [`privileges`] (capabilities), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
 
 pub mod adopt;
 pub mod agent;
@@ -32,6 +32,7 @@ pub mod lockstep;
 pub mod metrics;
 pub mod netif;
 pub mod node;
+pub mod privileges;
 pub mod pulse;
 pub mod redundancy;
 pub mod relay;

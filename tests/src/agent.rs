@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -226,10 +226,23 @@ impl Agent {
     /// # Errors
     /// When it cannot be started.
     pub fn start_with(lab: &Lab, host: Host, role: &str, config: &Path) -> Result<Self> {
+        Self::start_by(mortal(binary()), lab, host, role, config)
+    }
+
+    /// Starts an agent by a command that runs the binary with the arguments that it is given.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_by(
+        mut command: Command,
+        lab: &Lab,
+        host: Host,
+        role: &str,
+        config: &Path,
+    ) -> Result<Self> {
         let namespace = Arc::clone(lab.host(host));
         let log = lab.directory().join(format!("{}.log", host.address()));
         let output = File::options().create(true).append(true).open(&log)?;
-        let mut command = mortal(binary());
         command
             .arg("--config")
             .arg(config)
@@ -523,7 +536,11 @@ impl Pair {
         pair
     }
 
-    fn settled(primary: Agent, backup: Agent) -> Self {
+    /// Waits until both are what their roles say.
+    ///
+    /// # Panics
+    /// When they do not get there.
+    pub fn settled(primary: Agent, backup: Agent) -> Self {
         for (agent, state, peer) in [
             (&primary, "active", "standby"),
             (&backup, "standby", "active"),

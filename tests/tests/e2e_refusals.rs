@@ -283,6 +283,38 @@ fn a_missing_privilege_is_named_with_its_remedy() {
 }
 
 #[test]
+fn every_single_missing_capability_is_named() {
+    let lab = Lab::new();
+    let config = lab.directory().join("unprivileged.yaml");
+    std::fs::write(&config, Settings::default().yaml()).unwrap();
+    let (binary, config) = (binary(), config.to_string_lossy().into_owned());
+    let binary = binary.to_string_lossy();
+    for lacking in ["bpf", "net_admin", "net_raw", "perfmon", "net_bind_service"] {
+        let bounding = format!("--bounding-set=-{lacking}");
+        // One that is not missed would run on.
+        let arguments = [
+            "20",
+            "setpriv",
+            &*bounding,
+            "--inh-caps=-all",
+            "--",
+            &*binary,
+            "--config",
+            &*config,
+        ];
+        let output = lab.host(Host::A).output("timeout", &arguments).unwrap();
+        let (code, said) = outcome(&output);
+        assert_eq!(code, 3, "{lacking}: {said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert_eq!(last.matches("CAP_").count(), 1, "{said}");
+        let name = format!("CAP_{}", lacking.to_uppercase());
+        assert!(last.contains(&name) && last.contains("root"), "{said}");
+        let left = lab.host(Host::A).sh("ip -o addr show dev eth0").unwrap();
+        assert!(!left.contains("192.168.1.100"), "{lacking}: {left}");
+    }
+}
+
+#[test]
 fn an_unknown_argument_is_an_error_of_usage() {
     let (code, said) = refused(&Lab::new(), &["--rolle", "primary"], |yaml| yaml);
     assert_eq!(code, 2, "{said}");

@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything a developer or CI runs. On a fresh Debian each command sets up first.
 
 mod ebpf;
+mod fuzz;
 mod kernel;
 mod run;
 mod setup;
@@ -35,9 +36,17 @@ enum Task {
         #[arg(long, value_name = "SERIES")]
         kernel: Option<String>,
     },
+    /// Fuzz what takes input from the network or an operator; what is found stays in fuzz/corpus
+    Fuzz {
+        /// Only this target: config, frame, heartbeat, lockstep, sync
+        target: Option<String>,
+        /// Seconds for each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// Check formatting and run clippy on everything, warnings being errors
     Lint,
-    /// What CI runs: plain build, lint, test
+    /// What CI runs: plain build, lint, test, a little fuzzing
     Ci,
     /// Measure and print tables
     Bench {
@@ -63,6 +72,9 @@ fn main() -> std::process::ExitCode {
             kernel: Some(series),
         } => kernel::test(&series, filter.as_deref()),
         Task::Test { filter, .. } => run::test(filter.as_deref()),
+        Task::Fuzz { target, seconds } => {
+            fuzz::fuzz(target.as_deref(), fuzz::Length::Seconds(seconds))
+        }
         Task::Lint => run::lint(),
         Task::Ci => run::ci(),
         Task::Bench { runs, quick, only } => {

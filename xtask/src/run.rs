@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use crate::ebpf::object;
+use crate::fuzz::{Length, fuzz};
 use crate::setup::{ebpf_clippy, setup};
 use crate::shell::{cargo, root_prefix, run, workspace};
 
@@ -51,6 +52,7 @@ pub fn test(filter: Option<&str>) -> Result<()> {
 /// When something is found.
 pub fn lint() -> Result<()> {
     run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     run(cargo()
         .args(["clippy", "--workspace", "--exclude", "rfsis-ebpf"])
         .args(["--all-targets", "--", "-D", "warnings"]))?;
@@ -59,6 +61,9 @@ pub fn lint() -> Result<()> {
     toolchain.clippy()
 }
 
+/// Inputs of each fuzz target in CI, after its corpus.
+const CI_INPUTS: u32 = 5_000;
+
 /// What CI runs.
 ///
 /// # Errors
@@ -66,7 +71,8 @@ pub fn lint() -> Result<()> {
 pub fn ci() -> Result<()> {
     plain_build()?;
     lint()?;
-    test(None)
+    test(None)?;
+    fuzz(None, Length::Inputs(CI_INPUTS))
 }
 
 /// That a reader without eBPF toolchain and privileges gets a build.

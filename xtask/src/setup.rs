@@ -22,6 +22,8 @@ pub const PROGRAMS: [(&str, &str); 9] = [
 
 /// The release of bpf-linker that goes with the pinned aya.
 const LINKER_VERSION: &str = "0.13.0";
+/// The release of cargo-fuzz that was tried: it builds the targets and runs libFuzzer.
+const CARGO_FUZZ_VERSION: &str = "0.13.2";
 /// LLVM of Debian's `rustc-web`.
 const DEBIAN_LLVM: u32 = 22;
 /// How long rustup may try to fetch something before Debian's packages are used, seconds.
@@ -53,6 +55,22 @@ pub fn ebpf_clippy(toolchain: Toolchain) -> Result<()> {
         }
         _ => apt_install(&["rust-web-clippy"]),
     }
+}
+
+/// Makes sure of cargo-fuzz, and of the compiler for libFuzzer.
+///
+/// # Errors
+/// Names what is missing and how to get it.
+pub fn fuzzing() -> Result<()> {
+    install_missing(&[("g++", "g++")], "C++ compiler for libFuzzer")?;
+    if has("cargo-fuzz") {
+        return Ok(());
+    }
+    step(&format!(
+        "cargo install cargo-fuzz {CARGO_FUZZ_VERSION} (about a minute)"
+    ));
+    let install = ["install", "cargo-fuzz", "--locked", "--version"];
+    run_quietly(command("cargo").args(install).arg(CARGO_FUZZ_VERSION))
 }
 
 fn step(what: &str) {

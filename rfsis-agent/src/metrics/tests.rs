@@ -268,6 +268,29 @@ async fn silent_clients_are_cut_and_give_way_to_others() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_can_be_written_and_no_head_is_too_large_to_refuse() {
+    let server = Server::start().await;
+    let code = async |request: &[u8]| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        // It may be refused before all is sent.
+        let _ = stream.write_all(request).await;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).await.unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    for path in ["/metrics", "/live", "/ready"] {
+        for method in ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+            let request =
+                format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
+            let answer = code(request.as_bytes()).await;
+            assert_eq!(answer, "HTTP/1.1 405", "{method} {path}");
+        }
+    }
+    let large = ["GET /live HTTP/1.1\r\nHost: ", &"x".repeat(9000)].concat();
+    assert_eq!(code(large.as_bytes()).await, "HTTP/1.1 431");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_server_frees_its_port() {
     let server = Server::start().await;
     assert_eq!(server.get("/live").await.0, 200);

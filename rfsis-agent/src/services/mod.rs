@@ -378,7 +378,7 @@ fn remedy(protocol: Protocol, address: SocketAddrV4, error: &io::Error) -> Strin
             address.ip()
         ),
         io::ErrorKind::PermissionDenied => {
-            "run as root, or with CAP_NET_BIND_SERVICE for ports below 1024".to_owned()
+            "run as root, or grant CAP_NET_BIND_SERVICE for ports below 1024".to_owned()
         }
         _ => "see the system's message".to_owned(),
     }
