@@ -262,7 +262,7 @@ async fn attach_and_serve(
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
     if let Err(error) = sys::lock_memory() {
-        tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow it without limit (LimitMEMLOCK=infinity), or CAP_IPC_LOCK and CAP_SYS_RESOURCE");
+        tracing::warn!(%error, "cannot lock memory; a page fault may delay a heartbeat; allow it without limit (LimitMEMLOCK=infinity), or CAP_IPC_LOCK");
     }
 
     let metrics =

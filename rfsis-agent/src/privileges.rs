@@ -5,7 +5,7 @@
 //! - before there is a second thread, [`at_start`] gives up all that neither start nor run need, and for good:
 //!   out of the bounding set, no new privileges by execve(2);
 //! - only the first thread and the two named ones, until they have set themselves up, hold what the start takes;
-//! - all others, and these from then on, hold [`RUNNING`]: [`while_running`].
+//! - all others, and these from then on, hold [`NEEDED`] and [`HELD`]: [`while_running`].
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
@@ -14,28 +14,25 @@ use nix::errno::Errno;
 use crate::cli::Fatal;
 use crate::netif::listed;
 
-/// Held as long as the agent runs: maps, programs and their links; addresses, filters, neighbours, sockets of
-/// the VIP (SOCK_DESTROY, TCP_REPAIR, SO_MARK, SO_*FORCE); raw and packet sockets.
-pub const RUNNING: [Capability; 3] = [
+/// Held as long as the agent runs, and needed: maps, programs and their links; addresses, filters, neighbours,
+/// sockets of the VIP (SOCK_DESTROY, TCP_REPAIR, SO_MARK, SO_*FORCE); raw and packet sockets.
+const NEEDED: [Capability; 3] = [
     Capability::CAP_BPF,
     Capability::CAP_NET_ADMIN,
     Capability::CAP_NET_RAW,
 ];
 
+/// Held as long as the agent runs where they are there: service ports below 1024, which sockets of adopted
+/// connections are bound to; and locked memory, without which every allocation past RLIMIT_MEMLOCK would fail.
+const HELD: [Capability; 2] = [Capability::CAP_NET_BIND_SERVICE, Capability::CAP_IPC_LOCK];
+
 /// Without it the verifier refuses the programs: arithmetic on a pointer into a ring buffer, where a log record
 /// is written, is "prohibited for !root" (kernel/bpf/verifier.c). Nothing is loaded later.
 const LOADING: Capability = Capability::CAP_PERFMON;
 
-/// Used by the start where they are there: service ports below 1024, a real-time heartbeat thread, locked
-/// memory and its limit. What lacks without them, and whether it matters, is said where it is tried. A control
-/// socket whose directory is another user's takes the last.
-const STARTING: [Capability; 5] = [
-    Capability::CAP_NET_BIND_SERVICE,
-    Capability::CAP_SYS_NICE,
-    Capability::CAP_IPC_LOCK,
-    Capability::CAP_SYS_RESOURCE,
-    Capability::CAP_DAC_OVERRIDE,
-];
+/// Used by the start where they are there: a real-time heartbeat thread. What lacks without it is said where it
+/// is tried. A control socket whose directory is another user's takes the last.
+const STARTING: [Capability; 2] = [Capability::CAP_SYS_NICE, Capability::CAP_DAC_OVERRIDE];
 
 /// Why the process does not get to the privileges that it should have.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +69,7 @@ impl From<PrivilegeError> for Fatal {
 /// [`PrivilegeError::Missing`] names what lacks; the others do not happen on a kernel that RFSIS runs on.
 pub fn at_start() -> Result<(), PrivilegeError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let missing: Vec<Capability> = RUNNING
+    let missing: Vec<Capability> = NEEDED
         .into_iter()
         .chain([LOADING])
         .filter(|capability| !permitted.contains(capability))
@@ -83,13 +80,13 @@ pub fn at_start() -> Result<(), PrivilegeError> {
     nix::sys::prctl::set_no_new_privs()?;
     if permitted.contains(&Capability::CAP_SETPCAP) {
         for capability in caps::runtime::thread_all_supported() {
-            if !RUNNING.contains(&capability) {
+            if !runs_with(&capability) {
                 caps::drop(None, CapSet::Bounding, capability)?;
             }
         }
     }
     keep(|capability| {
-        RUNNING.contains(capability) || STARTING.contains(capability) || *capability == LOADING
+        runs_with(capability) || STARTING.contains(capability) || *capability == LOADING
     })
 }
 
@@ -98,7 +95,7 @@ pub fn at_start() -> Result<(), PrivilegeError> {
 /// # Errors
 /// The kernel's; it allows everybody to have less.
 pub fn while_running() -> Result<(), PrivilegeError> {
-    keep(|capability| RUNNING.contains(capability))
+    keep(runs_with)
 }
 
 /// [`while_running`] for a thread that nobody waits for: rather no agent than one that may do too much.
@@ -107,6 +104,10 @@ pub fn while_running_or_abort() {
         tracing::error!(%error, "a thread keeps privileges that it should not have");
         std::process::abort();
     }
+}
+
+fn runs_with(capability: &Capability) -> bool {
+    NEEDED.contains(capability) || HELD.contains(capability)
 }
 
 fn keep(wanted: impl Fn(&Capability) -> bool) -> Result<(), PrivilegeError> {

@@ -5,7 +5,7 @@ use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -230,11 +230,8 @@ pub fn nice(value: i32) -> io::Result<()> {
 /// Keeps every page that is touched in memory (mlockall(2), MCL_ONFAULT): a page fault must not
 /// delay a heartbeat, and reserved but untouched buffers must not cost memory.
 ///
-/// The limit of locked memory is lifted first: past it every later allocation fails as soon as CAP_IPC_LOCK is
-/// given up. So this needs CAP_IPC_LOCK and CAP_SYS_RESOURCE, or no limit to begin with; else EPERM, and
-/// nothing is locked.
+/// Needs CAP_IPC_LOCK for good, or no limit of locked memory: past that every later allocation fails.
 pub fn lock_memory() -> io::Result<()> {
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
     // SAFETY: no pointers are passed.
     if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } < 0 {
         return Err(io::Error::last_os_error());

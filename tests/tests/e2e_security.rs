@@ -16,8 +16,10 @@ use tests::{Agent, Death, Host, Lab, Pair, Settings, Tap, Typist};
 /// `nobody`.
 const USER: &str = "65534";
 
-/// CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF: include/uapi/linux/capability.h.
-const RUNNING: u64 = 1 << 12 | 1 << 13 | 1 << 39;
+/// CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF: include/uapi/linux/capability.h.
+const GRANTED: u64 = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 39;
+/// Bits of capabilities.
+const IPC_LOCK: u64 = 1 << 14;
 
 /// What `/proc/PID/task/TID/status` says of every thread.
 fn threads(agent: &Agent) -> Vec<BTreeMap<String, String>> {
@@ -34,14 +36,14 @@ fn threads(agent: &Agent) -> Vec<BTreeMap<String, String>> {
 }
 
 #[track_caller]
-fn assert_least_privileges(agent: &Agent) {
+fn assert_least_privileges(agent: &Agent, expected: u64) {
     let threads = threads(agent);
     let named = |name: &str| threads.iter().any(|thread| thread["Name"] == name);
     assert!(named("rfsis-heartbeat") && named("rfsis-shadows") && threads.len() >= 5);
     for thread in &threads {
         let set = |name: &str| u64::from_str_radix(&thread[name], 16).unwrap();
-        assert_eq!(set("CapPrm"), RUNNING, "{thread:#?}");
-        assert_eq!(set("CapEff"), RUNNING, "{thread:#?}");
+        assert_eq!(set("CapPrm"), expected, "{thread:#?}");
+        assert_eq!(set("CapEff"), expected, "{thread:#?}");
         assert_eq!(set("CapInh") | set("CapAmb"), 0, "{thread:#?}");
         assert_eq!(thread["NoNewPrivs"], "1", "{thread:#?}");
     }
@@ -57,11 +59,9 @@ fn may_lock_memory() -> bool {
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:\t"));
-    // CAP_SYS_RESOURCE.
-    unlimited || u64::from_str_radix(effective.unwrap(), 16).unwrap() & 1 << 24 != 0
+    unlimited || u64::from_str_radix(effective.unwrap(), 16).unwrap() & IPC_LOCK != 0
 }
 
-/// Memory that cannot be locked without limit is not locked at all: else a later allocation fails.
 #[track_caller]
 fn assert_memory_locked_or_said(agent: &Agent) {
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
@@ -72,7 +72,7 @@ fn assert_memory_locked_or_said(agent: &Agent) {
 }
 
 #[test]
-fn every_thread_of_a_running_agent_has_three_capabilities() {
+fn every_thread_of_a_running_agent_has_five_capabilities() {
     let lab = Lab::new();
     let settings = Settings {
         tap: Tap::Mirror,
@@ -84,17 +84,17 @@ fn every_thread_of_a_running_agent_has_three_capabilities() {
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
     for agent in [&pair.primary, &pair.backup] {
-        assert_least_privileges(agent);
+        assert_least_privileges(agent, GRANTED | IPC_LOCK);
         assert_memory_locked_or_said(agent);
         for thread in threads(agent) {
             let bounding = u64::from_str_radix(&thread["CapBnd"], 16).unwrap();
-            assert_eq!(bounding, RUNNING, "{thread:#?}");
+            assert_eq!(bounding, GRANTED | IPC_LOCK, "{thread:#?}");
         }
     }
     pair.primary_dies(&lab, Death::Kill9);
     pair.wait_takeover();
     nc.echoes("after");
-    assert_least_privileges(&pair.backup);
+    assert_least_privileges(&pair.backup, GRANTED | IPC_LOCK);
 }
 
 /// The capabilities that the unit file grants, as setpriv(1) takes them.
@@ -161,7 +161,7 @@ fn an_agent_of_an_unprivileged_user_does_all_that_one_of_root_does() {
     nc.echoes("before");
     pair.backup.wait_flows("lockstep", 1);
     for agent in [&pair.primary, &pair.backup] {
-        assert_least_privileges(agent);
+        assert_least_privileges(agent, GRANTED);
         for thread in threads(agent) {
             assert!(thread["Uid"].starts_with(USER), "{thread:#?}");
         }
@@ -169,7 +169,7 @@ fn an_agent_of_an_unprivileged_user_does_all_that_one_of_root_does() {
     pair.primary_dies(&lab, Death::Kill9);
     pair.wait_takeover();
     nc.echoes("after");
-    assert_least_privileges(&pair.backup);
+    assert_least_privileges(&pair.backup, GRANTED);
     assert!(nc.hang_up().success());
     // It comes back beside what the killed one left, is handed the VIP, and leaves nothing.
     let Pair { primary, backup } = pair;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use smoltcp::socket::tcp::Socket;
 
-use super::{Context, FAR, Shadow, Source};
+use super::{Context, Shadow, Source, is_far};
 use crate::lockstep::{before, distance, later};
 use crate::segment::Segment;
 
@@ -25,7 +25,7 @@ impl Shadow {
     /// A segment from the active, overheard.
     pub fn process_active(&mut self, segment: &Segment<'_>, cx: &mut Context<'_>) {
         self.last_activity = cx.now;
-        if distance(self.active_next, segment.seq).abs() > FAR {
+        if is_far(self.active_next, segment.seq) {
             return;
         }
         if segment.rst {

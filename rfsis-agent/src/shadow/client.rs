@@ -3,7 +3,7 @@
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::TcpControl;
 
-use super::{Context, DISBELIEF, FAR, Outgoing, REORDER_LIMIT, Shadow, Source};
+use super::{Context, DISBELIEF, FAR, Outgoing, REORDER_LIMIT, Shadow, Source, is_far};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, clamp_ack, distance, later};
 use crate::segment::Segment;
@@ -31,7 +31,7 @@ impl Shadow {
         let reach = distance(self.held_next(), self.active_edge).clamp(1 << 20, FAR);
         if end < self.taken as i64 - i64::from(FAR)
             || start > self.held as i64 + i64::from(reach)
-            || distance(self.una, ack).abs() > FAR
+            || is_far(self.una, ack)
         {
             self.wants_ack = self.live;
             return;

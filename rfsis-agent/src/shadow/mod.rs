@@ -62,6 +62,11 @@ pub const REORDER_LIMIT: usize = 2 << 20;
 /// A segment that lies so many bytes from what is expected belongs to another life of the flow.
 pub const FAR: i32 = 16 << 20;
 
+/// Whether two sequence numbers cannot belong to the same life of a flow.
+fn is_far(a: u32, b: u32) -> bool {
+    distance(a, b).unsigned_abs() > FAR as u32
+}
+
 /// A client that has lost packets fills the hole within some retransmission timeouts, ns.
 const HOLE_PATIENCE: Nanos = 5_000_000_000;
 
@@ -486,7 +491,7 @@ impl Shadow {
 
     /// The client was told, by the active, that everything before `ack` had arrived.
     pub fn note_told(&mut self, ack: u32) {
-        if distance(self.held_next(), ack).abs() <= FAR {
+        if !is_far(self.held_next(), ack) {
             self.active_ack = later(self.active_ack, ack);
         }
     }

@@ -449,6 +449,18 @@ fn a_fin_is_acknowledged_at_once() {
 }
 
 #[test]
+fn an_ack_from_the_other_side_of_the_sequence_space_is_of_another_connection() {
+    let mut hand = Hand::open(ECHO);
+    hand.live();
+    hand.said();
+    for behind in [0, 1, 2] {
+        let ack = (1_u32 << 31) - 1 + behind;
+        hand.client(1, TcpControl::Psh, b"x", Some(ack));
+        assert_eq!(hand.said(), [(1, "", 0, 1)], "{behind}");
+    }
+}
+
+#[test]
 fn an_ack_of_the_actives_behind_its_fin_is_no_divergence() {
     let mut hand = Hand::open(ECHO);
     hand.client(1, TcpControl::Fin, b"", Some(1));
