@@ -1,6 +1,7 @@
 //! The shadow thread: frames from the ring to the [`Flows`] and [`Datagrams`], and what live shadows say to
 //! the wire.
 
+use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::link::Link;
 use crate::metrics::{AdoptionResult, FlowCondition, FrameResult, Metrics, ResetReason};
-use crate::relay::{Relay, syn_of};
+use crate::relay::Relay;
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tcp_repair;
@@ -85,7 +86,24 @@ impl EngineHandle {
 #[derive(Debug)]
 pub struct Inbox {
     commands: Receiver<Command>,
+    /// Those that were looked at and not yet taken.
+    seen: VecDeque<Command>,
     wake: Arc<EventFd>,
+}
+
+impl Inbox {
+    fn next(&mut self) -> Result<Command, TryRecvError> {
+        match self.seen.pop_front() {
+            Some(command) => Ok(command),
+            None => self.commands.try_recv(),
+        }
+    }
+
+    /// Whether the VIP was offered to the peer by a command that is still to be taken.
+    fn has_hand_over(&mut self) -> bool {
+        self.seen.extend(self.commands.try_iter());
+        self.seen.contains(&Command::HandOver)
+    }
 }
 
 /// A channel to the shadow thread.
@@ -104,6 +122,7 @@ pub fn commands() -> nix::Result<(EngineHandle, Inbox)> {
         },
         Inbox {
             commands: receiver,
+            seen: VecDeque::new(),
             wake,
         },
     ))
@@ -154,8 +173,8 @@ impl KernelEffects {
         }
     }
 
-    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now. From a raw
-    /// socket to an own address it goes through the loopback device, past the programs.
+    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now, or for nobody. From
+    /// a raw socket to an own address it goes through the loopback device, past the programs.
     fn pass_on(&self, packet: &[u8]) {
         let sent = adopt::for_the_kernel(packet).map(|packet| self.socket.send(&packet));
         // As good as lost on its way: the client repeats it.
@@ -330,7 +349,7 @@ impl Engine {
         loop {
             let mut more = self.take_frames(BATCH, Nanos::MAX);
             loop {
-                match self.inbox.commands.try_recv() {
+                match self.inbox.next() {
                     Ok(Command::GoLive { at }) => {
                         self.go_live(at);
                         next_census = 0;
@@ -343,7 +362,7 @@ impl Engine {
                         }
                         next_census = 0;
                     }
-                    Ok(Command::HandOver) => self.hand_over(),
+                    Ok(Command::HandOver) => self.relay.begin(),
                     Ok(Command::TakeBack) => self.relay.close(),
                     Ok(Command::HandedOver { to }) => {
                         let now = sys::monotonic();
@@ -396,6 +415,13 @@ impl Engine {
             let Some((header, frame)) = FrameHeader::split(&entry) else {
                 continue;
             };
+            // The kernel became standby's behind a handover of which this thread has still to hear.
+            if header.state == State::Standby as u16
+                && self.flows.is_live()
+                && self.inbox.has_hand_over()
+            {
+                self.relay.begin();
+            }
             let relayed = self
                 .relay
                 .process(&header, frame, self.shared.peer_tap(), |frame| {
@@ -433,16 +459,6 @@ impl Engine {
         true
     }
 
-    /// Clients whose SYN-ACK is held, for want of a confirmation, are answered by the peer.
-    fn hand_over(&mut self) {
-        self.relay.begin();
-        if let Some(link) = &self.link {
-            for open in link.guard.openings() {
-                self.relay.keep(syn_of(open, self.flows.vip()));
-            }
-        }
-    }
-
     fn go_live(&mut self, at: Nanos) {
         self.relay.close();
         // Before any command that follows: a state that comes later than this ends the epoch.
@@ -455,7 +471,8 @@ impl Engine {
         {
             self.flows.expose();
         }
-        let report = self.flows.go_live(sys::monotonic(), &mut self.effects);
+        let mut report = self.flows.go_live(sys::monotonic(), &mut self.effects);
+        let unanswered = std::mem::take(&mut report.unanswered);
         for &(reason, count) in &report.resets {
             self.metrics.flow_resets.add(reason, count as u64);
         }
@@ -467,6 +484,12 @@ impl Engine {
             .go_live(sys::monotonic(), |packet| self.effects.send(packet));
         if let Some(link) = &mut self.link {
             link.go_active(sys::monotonic());
+        }
+        for syn in unanswered {
+            if let Some(link) = &mut self.link {
+                link.note_syn(&syn, sys::monotonic());
+            }
+            self.effects.pass_on(&syn);
         }
     }
 

@@ -301,14 +301,6 @@ impl Guard {
         self.guarding && matches!(phase, Some(Phase::Guarded))
     }
 
-    /// Connections whose SYN-ACK is held.
-    pub fn openings(&self) -> impl Iterator<Item = &Open> {
-        self.flows.values().filter_map(|flow| match &flow.phase {
-            Phase::Opening { open, .. } => Some(&**open),
-            _ => None,
-        })
-    }
-
     /// Whether the gate holds what the standby has not confirmed.
     pub fn is_guarding(&self) -> bool {
         self.guarding

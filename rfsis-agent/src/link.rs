@@ -178,6 +178,12 @@ impl Link {
         self.metrics.protection.choose(Protection::Standby);
     }
 
+    /// The kernel is about to answer a SYN that the gate has not seen.
+    pub fn note_syn(&mut self, packet: &[u8], now: Nanos) {
+        self.guard
+            .process_opening(packet, OpeningKind::Syn, now, &mut self.gate);
+    }
+
     /// The kernel takes a flow that lived on a shadow.
     pub fn adopt(&mut self, numbers: &Numbers, now: Nanos) {
         self.guard.adopt(numbers, now, &mut self.gate);

@@ -6,17 +6,13 @@
 //! for a copy, and none for a SYN, which only the kernel of an active answers.
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
 
-use rfsis_common::maps::{Direction, FlowKey, FrameHeader, State};
-use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
+use rfsis_common::maps::{Direction, FrameHeader, State};
+use smoltcp::wire::{Ipv4Packet, TcpPacket};
 
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::metrics::FrameResult;
 use crate::segment;
-use crate::sync::Open;
-use crate::wire::{bare_repr, emit_packet};
 
 /// Bytes of frames that are kept at the most; what is beyond is lost as on a full queue.
 const KEPT_BYTES: usize = 8 << 20;
@@ -132,7 +128,7 @@ impl Relay {
     }
 
     /// Keeps an IPv4 packet for the VIP until the peer has taken over.
-    pub fn keep(&mut self, packet: Vec<u8>) {
+    fn keep(&mut self, packet: Vec<u8>) {
         if self.bytes + packet.len() <= KEPT_BYTES {
             self.bytes += packet.len();
             self.kept.push_back(packet);
@@ -221,35 +217,15 @@ fn in_pieces(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
     }
 }
 
-/// The SYN of a connection whose SYN-ACK the gate still holds: the peer answers it anew.
-pub fn syn_of(open: &Open, vip: Ipv4Addr) -> Vec<u8> {
-    let FlowKey {
-        client_addr,
-        client_port,
-        service_port,
-    } = open.flow;
-    let options = &open.client;
-    let repr = TcpRepr {
-        seq_number: TcpSeqNumber(open.client_isn as i32),
-        window_len: open.client_window,
-        window_scale: options.window_scale,
-        max_seg_size: options.mss,
-        sack_permitted: options.sack_permitted,
-        timestamp: options
-            .timestamp
-            .map(|(tsval, tsecr)| TcpTimestampRepr::new(tsval, tsecr)),
-        ..bare_repr(client_port, service_port, TcpControl::Syn)
-    };
-    let mut packet = Vec::with_capacity(60);
-    let caps = ChecksumCapabilities::default();
-    emit_packet(&mut packet, Ipv4Addr::from(client_addr), vip, &repr, &caps);
-    packet
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber};
+
     use super::*;
-    use crate::segment::Options;
+    use crate::wire::{bare_repr, emit_packet};
 
     const OWN: MacAddr = [2, 0, 0, 0, 0, 1];
     const PEER: MacAddr = [2, 0, 0, 0, 0, 2];
@@ -469,31 +445,5 @@ mod tests {
         relay.keep(packet);
         relay.close();
         relay.open(PEER, 2, |_| panic!("sent"));
-    }
-
-    #[test]
-    fn a_syn_is_made_again_as_the_client_said_it() {
-        let open = Open {
-            flow: FlowKey {
-                client_addr: u32::from(Ipv4Addr::new(10, 0, 0, 9)),
-                client_port: 4000,
-                service_port: 7,
-            },
-            client_isn: 77,
-            active_isn: 1,
-            client_window: 4321,
-            client: Options {
-                mss: Some(1460),
-                window_scale: Some(7),
-                sack_permitted: true,
-                timestamp: Some((5, 0)),
-            },
-            active: Options::default(),
-        };
-        let packet = syn_of(&open, VIP);
-        let (flow, syn) = segment::parse(&packet, Direction::ToVip).unwrap();
-        assert_eq!((flow, syn.options), (open.flow, open.client));
-        assert_eq!((syn.seq, syn.window), (77, 4321));
-        assert!(syn.syn && syn.ack.is_none());
     }
 }

@@ -7,12 +7,16 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use rfsis_agent::adopt::Numbers;
+use rfsis_agent::segment::flow_key;
+use rfsis_agent::tcp_repair::restore;
+use socket2::SockRef;
 use tests::agent::port;
 use tests::client::{
     Noise, chargen_exactly, connect, echo_exactly, expect_end, hears, parts, says, tcp_sockets,
 };
 use tests::patience::wait_until;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, Wiring, on_each_wiring};
+use tests::{Agent, Capture, Death, Host, Lab, Pair, VIP, Wiring, on_each_wiring};
 
 const ADOPTED: [(&str, &str); 1] = [("result", "adopted")];
 const ESTABLISHED: u8 = 1;
@@ -237,6 +241,33 @@ fn connections_that_close_during_the_move_close_properly(wiring: Wiring) {
     trace.no_byte_from_vip_changed().unwrap();
 }
 
+/// The server has closed first, so its end remembers them for a minute. Nobody has anything to lose by that.
+fn connections_that_both_sides_have_closed_are_not_at_risk(wiring: Wiring) {
+    let lab = wiring.lab();
+    let mut pair = Pair::start(&lab, &wiring.settings());
+    let streams: Vec<_> = (0..5)
+        .map(|_| connect(&lab, port::DAYTIME).unwrap())
+        .collect();
+    for mut stream in &streams {
+        stream.read_to_string(&mut String::new()).unwrap();
+    }
+    pair.backup.wait_flows("lockstep", 5);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    pair.backup.wait_flows("live", 5);
+    for stream in streams {
+        stream.shutdown(Shutdown::Write).unwrap();
+    }
+    pair.backup.wait_flows("live", 0);
+    pair.primary.await_exit();
+    pair.primary = Agent::start(&lab, Host::A, "primary", &wiring.settings());
+    for agent in [&pair.primary, &pair.backup] {
+        agent.wait_status("ready", |status| {
+            status["ready"] == true && status["at_risk"] == 0
+        });
+    }
+}
+
 /// What it has adopted dies with it in silence, and its next agent can listen.
 fn an_agent_killed_right_after_adoption_says_nothing_to_its_clients(wiring: Wiring) {
     let lab = wiring.lab();
@@ -271,6 +302,37 @@ fn an_agent_killed_right_after_adoption_says_nothing_to_its_clients(wiring: Wiri
     again.wait_state("active");
 }
 
+/// Killed between the making of a socket and its last option, it leaves one that does not let anybody listen
+/// beside it.
+fn what_an_agent_left_that_was_killed_while_it_adopted_does_not_keep_the_next_from_starting(
+    wiring: Wiring,
+) {
+    let lab = wiring.lab();
+    let mut pair = Pair::start(&lab, &wiring.settings());
+    pair.backup.kill9();
+    pair.backup.await_exit();
+    let numbers = Numbers {
+        flow: flow_key(Host::Client.address(), 40_000, port::ECHO),
+        vip: VIP,
+        snd_nxt: 1,
+        rcv_nxt: 1,
+        snd_wnd: 60_000,
+        rcv_wnd: 60_000,
+        mss: 1460,
+        shifts: None,
+        sack: true,
+        timestamp: None,
+    };
+    let half_made = lab.host(Host::B).run(|| restore(&numbers)).unwrap();
+    SockRef::from(&half_made).set_reuse_address(false).unwrap();
+    drop(half_made);
+    let left = || tcp_sockets(lab.host(Host::B), Host::Client.address());
+    assert_eq!(left().len(), 1, "the gate holds its FIN");
+    pair.backup = Agent::start(&lab, Host::B, "backup", &wiring.settings());
+    pair.backup.wait_state("standby");
+    wait_until("no stale socket", left, Vec::is_empty);
+}
+
 on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
     idle_connections_are_adopted => super::idle_connections_are_adopted;
     conversations_are_adopted_between_two_words => super::conversations_are_adopted_between_two_words;
@@ -285,4 +347,8 @@ on_each_wiring! { [on_a_switch: Mirror] {
         super::connections_that_close_during_the_move_close_properly;
     an_agent_killed_right_after_adoption_says_nothing_to_its_clients =>
         super::an_agent_killed_right_after_adoption_says_nothing_to_its_clients;
+    connections_that_both_sides_have_closed_are_not_at_risk =>
+        super::connections_that_both_sides_have_closed_are_not_at_risk;
+    what_an_agent_left_that_was_killed_while_it_adopted_does_not_keep_the_next_from_starting =>
+        super::what_an_agent_left_that_was_killed_while_it_adopted_does_not_keep_the_next_from_starting;
 }}

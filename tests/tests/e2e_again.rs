@@ -189,6 +189,50 @@ fn an_active_that_dies_while_its_kernel_adopts(wiring: Wiring) {
     });
 }
 
+/// At any moment of a switchover either node dies. The connections were adopted before, and joined late.
+fn whoever_dies_while_adopted_flows_are_handed_over_they_go_on(wiring: Wiring) {
+    const FEW: u64 = 50;
+    for (dies_active, after) in [(true, 0), (true, 2), (false, 0), (false, 2)] {
+        let lab = wiring.lab();
+        let mut cluster = Cluster::start(&lab, &wiring.settings());
+        cluster.active().wait_not_degraded();
+        let streams = clients(&lab, FEW);
+        cluster.wait_redundant(FEW, slowed(TO_REPAIR));
+        cluster.fail_over(Failover::Kill9);
+        cluster.wait_redundant(FEW, slowed(TO_REPAIR));
+        assert_eq!(
+            cluster
+                .active()
+                .metrics()
+                .sum("rfsis_adoptions_total", &ADOPTED),
+            FEW as f64
+        );
+        let capture = Capture::start(&lab);
+        let (dies, lives) = match dies_active {
+            true => (cluster.active(), cluster.standby()),
+            false => (cluster.standby(), cluster.active()),
+        };
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| lives.ask(&["switchover"]));
+            // The scenario: any moment of it. The command itself takes some milliseconds to start.
+            std::thread::sleep(Duration::from_millis(4 + after));
+            dies.kill9();
+            asked.join().unwrap();
+        });
+        lives.wait_state("active");
+        // Where the VIP had just moved to the one that died, so had they, and nobody protected them yet.
+        let moved = lives.log().contains("gave the VIP up at epoch 3");
+        let alive = survivors(&streams);
+        eprintln!("{alive} of {FEW} go on, moved before: {moved}");
+        assert!(alive == FEW || (moved && !dies_active));
+        let trace = capture.stop();
+        trace.no_byte_from_vip_changed().unwrap();
+        if alive == FEW {
+            trace.no_reset_from_vip().unwrap();
+        }
+    }
+}
+
 /// Nobody knows of their connections any more. Their clients must hear it.
 fn both_die_and_the_service_comes_back(wiring: Wiring) {
     let lab = wiring.lab();
@@ -217,5 +261,7 @@ on_each_wiring! { [on_a_switch: Mirror] {
         super::a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything;
     an_active_that_dies_while_it_hands_its_flows_over => super::an_active_that_dies_while_it_hands_its_flows_over;
     an_active_that_dies_while_its_kernel_adopts => super::an_active_that_dies_while_its_kernel_adopts;
+    whoever_dies_while_adopted_flows_are_handed_over_they_go_on =>
+        super::whoever_dies_while_adopted_flows_are_handed_over_they_go_on;
     both_die_and_the_service_comes_back => super::both_die_and_the_service_comes_back;
 }}

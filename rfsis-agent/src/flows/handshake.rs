@@ -3,13 +3,19 @@
 use std::net::Ipv4Addr;
 
 use rfsis_common::maps::FlowKey;
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
-use super::{Effects, Flow, Flows, MAX_OPENINGS};
+use super::{Effects, Flow, Flows, MAX_OPENINGS, SECOND};
 use crate::heartbeat::Nanos;
 use crate::lockstep::distance;
 use crate::segment::{Options, Segment};
 use crate::shadow::{FAR, Handshake};
 use crate::sync::{Open, Record};
+use crate::wire::{bare_repr, emit_packet};
+
+/// A client repeats its SYN by itself after this, ns (RFC 6298 section 2.1).
+const SYN_REPEATED: Nanos = SECOND;
 
 /// A handshake under way.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +45,26 @@ impl Opening {
             client: self.client,
             active: answer.options,
         }
+    }
+
+    /// The SYN, as the client said it.
+    fn syn(&self, flow: FlowKey, vip: Ipv4Addr) -> Vec<u8> {
+        let repr = TcpRepr {
+            seq_number: TcpSeqNumber(self.client_isn as i32),
+            window_len: self.client_window,
+            window_scale: self.client.window_scale,
+            max_seg_size: self.client.mss,
+            sack_permitted: self.client.sack_permitted,
+            timestamp: self
+                .client
+                .timestamp
+                .map(|(tsval, tsecr)| TcpTimestampRepr::new(tsval, tsecr)),
+            ..bare_repr(flow.client_port, flow.service_port, TcpControl::Syn)
+        };
+        let mut packet = Vec::with_capacity(60);
+        let caps = ChecksumCapabilities::default();
+        emit_packet(&mut packet, flow.client_addr.into(), vip, &repr, &caps);
+        packet
     }
 
     /// What the client says when it has got the SYN-ACK with this number.
@@ -382,13 +408,20 @@ impl Flows {
         self.insert_shadow(flow, handshake, now);
     }
 
-    /// Handshakes that the active answered go on from there; the others the client repeats.
-    pub(super) fn adopt_openings(&mut self, now: Nanos, fx: &mut impl Effects) {
+    /// Handshakes that the active answered go on from there. The others, of those that are not too old,
+    /// are returned: this node answers them.
+    pub(super) fn adopt_openings(&mut self, now: Nanos, fx: &mut impl Effects) -> Vec<Vec<u8>> {
         self.opening_order.clear();
+        let mut unanswered = Vec::new();
         for (flow, opening) in std::mem::take(&mut self.openings) {
             let Some((active_isn, active)) = opening.answer else {
-                if opening.acked.is_some() && !self.flows.contains_key(&flow) {
+                if self.flows.contains_key(&flow) {
+                    continue;
+                }
+                if opening.acked.is_some() {
                     self.leave_unprotected(flow, opening.acked, now);
+                } else if now.saturating_sub(opening.since) < SYN_REPEATED {
+                    unanswered.push(opening.syn(flow, self.config.vip));
                 }
                 continue;
             };
@@ -415,6 +448,7 @@ impl Flows {
             };
             self.insert_shadow(flow, handshake, now);
         }
+        unanswered
     }
 }
 

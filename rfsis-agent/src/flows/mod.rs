@@ -175,6 +175,9 @@ pub struct TakeoverReport {
     pub spoke: usize,
     /// Flows that were reset, by reason.
     pub resets: Vec<(ResetReason, usize)>,
+    /// SYNs that the active has not answered, for the kernel to: the client would repeat each after a second. If
+    /// one was answered, unseen here, its connection is lost either way.
+    pub unanswered: Vec<Vec<u8>>,
 }
 
 /// All flows of the VIP.
@@ -574,8 +577,10 @@ impl Flows {
         let now = self.advance(now);
         self.live = true;
         self.drop_arrivals();
-        self.adopt_openings(now, fx);
-        let mut report = TakeoverReport::default();
+        let mut report = TakeoverReport {
+            unanswered: self.adopt_openings(now, fx),
+            ..TakeoverReport::default()
+        };
         let mut resets: HashMap<ResetReason, usize> = HashMap::new();
         let mut doomed = Vec::new();
         let mut speakers = Vec::new();
@@ -787,7 +792,8 @@ impl Flows {
             match entry {
                 Flow::Unprotected { closed, .. } if closed.both() => {}
                 Flow::Unprotected { .. } => census.unprotected += 1,
-                Flow::Shadow(shadow) if shadow.is_closed() => {}
+                // Nothing of it can be lost any more.
+                Flow::Shadow(shadow) if shadow.has_ended() => {}
                 Flow::Shadow(shadow) if !self.live && is_exposed(&self.config, shadow) => {
                     census.unprotected += 1;
                 }

@@ -77,10 +77,10 @@ impl Shadow {
         }
     }
 
-    /// The client goes on behind a hole and never fills it: it was told, by the active, that the bytes
-    /// had arrived.
+    /// The client goes on, or waits, behind a hole and never fills it: it was told, by the active, that the
+    /// bytes had arrived.
     fn hole_stays(&mut self, now: Nanos) -> bool {
-        let hole = self.reorder.is_held_behind(self.held);
+        let hole = self.reorder.is_held_behind(self.held) || self.is_behind();
         self.hole = match self.hole {
             Some((held, since)) if hole && held == self.held => Some((held, since)),
             _ => hole.then_some((self.held, now)),
@@ -155,6 +155,9 @@ impl Shadow {
             self.disbelieved = 0;
             self.claimed = None;
             self.note_exact(cx.now);
+            if segment.payload.is_empty() {
+                self.client_next = later(self.client_next, segment.seq);
+            }
             // The furthest edge counts: a window does not shrink (RFC 9293 section 3.8.6), so one that
             // ends earlier is older. If it was meant, the bytes beyond it are repeated until they are
             // taken; a smoltcp that believes it while bytes are in flight would never repeat them.

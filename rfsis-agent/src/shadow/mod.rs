@@ -215,6 +215,8 @@ pub struct Shadow {
     lost_since: Option<Nanos>,
 
     tail: TailProbe,
+    /// Behind what the client has said to have sent, by segments without data.
+    client_next: u32,
     /// A hole before which nothing moved: bytes held, and since when.
     hole: Option<(u64, Nanos)>,
     /// An acknowledgement of what the handler has not written, and since when.
@@ -386,6 +388,7 @@ impl Shadow {
             inferred: handshake.inferred,
             lost_since: None,
             tail: TailProbe::default(),
+            client_next: handshake.client_isn.wrapping_add(1),
             hole: None,
             ahead_since: None,
             touched: false,
@@ -469,12 +472,23 @@ impl Shadow {
         self.exposed = true;
     }
 
+    /// The client may have been told of bytes that this shadow lacks.
+    fn is_doubtful(&self) -> bool {
+        self.exposed || !self.handshake.guarded
+    }
+
+    /// The client has sent bytes that are not held here, of which it was perhaps told that they are: then it
+    /// waits for an answer, and repeats nothing.
+    fn is_behind(&self) -> bool {
+        self.is_doubtful() && before(self.held_next(), self.client_next)
+    }
+
     /// How long the client of a live flow may take to repeat what is missing, ns.
     fn hole_patience(&self) -> Nanos {
-        if self.handshake.guarded && !self.exposed {
-            GUARDED_PATIENCE
-        } else {
+        if self.is_doubtful() {
             HOLE_PATIENCE
+        } else {
+            GUARDED_PATIENCE
         }
     }
 

@@ -262,6 +262,7 @@ fn what_has_ended_or_is_idle_is_reaped() {
         if live {
             hand.live();
         }
+        assert_eq!(hand.flows.census(), Census::default(), "nothing to lose");
         hand.flows
             .poll(hand.now + TIME_WAIT - SECOND, &mut hand.world);
         assert_eq!(hand.world.live.len(), 1);
@@ -645,4 +646,53 @@ fn a_handler_does_not_rest_for_a_client_that_acknowledges_nothing() {
     hand.now += 110 * MS;
     hand.poll(hand.now);
     assert!(said(&mut hand), "it goes on");
+}
+
+/// What the gate closed upon, or held unheard: the client would wait for a second.
+#[test]
+fn a_syn_without_an_answer_is_left_to_the_kernel_as_it_was_said_and_an_old_one_to_its_client() {
+    let syn = TcpRepr {
+        seq_number: seq(CLIENT_ISN),
+        window_len: 4321,
+        window_scale: Some(7),
+        max_seg_size: Some(1460),
+        sack_permitted: true,
+        timestamp: Some(TcpTimestampRepr::new(5, 0)),
+        ..bare_repr(50_000, ECHO, TcpControl::Syn)
+    };
+    let syn = by_hand(&syn, Direction::ToVip);
+    for (age, expected) in [(SECOND / 2, vec![syn.clone()]), (2 * SECOND, vec![])] {
+        let mut hand = Hand::with(config(), ECHO);
+        hand.show(&syn, Direction::ToVip);
+        hand.now += age;
+        assert_eq!(hand.live().unanswered, expected);
+    }
+    let mut answered = Hand::with(config(), ECHO);
+    answered.show(&syn, Direction::ToVip);
+    answered.active(0, TcpControl::Syn, b"", Some(1));
+    let report = answered.live();
+    assert_eq!((report.live, report.unanswered.len()), (1, 0));
+}
+
+/// The client was told by the active of bytes of which no copy came, and has nothing to repeat.
+#[test]
+fn a_client_that_waits_for_an_answer_to_what_is_lacking_here_is_reset_and_not_adopted() {
+    let mut hand = Hand::open(DISCARD);
+    hand.world.adopts = true;
+    hand.live();
+    let start = hand.now;
+    let mut reset_at = None;
+    while reset_at.is_none() && hand.now < start + 20 * SECOND {
+        hand.poll(hand.now + 10 * MS);
+        hand.now += 10 * MS;
+        let said = hand.said();
+        if said.iter().any(|said| said.1 == "RST") {
+            reset_at = Some(hand.now - start);
+        } else if !said.is_empty() {
+            hand.client(11, TcpControl::None, b"", Some(1));
+        }
+    }
+    let took = reset_at.expect("a reset");
+    assert!((5 * SECOND..12 * SECOND).contains(&took), "{took}");
+    assert_eq!(hand.flows.gave_up(), 1);
 }

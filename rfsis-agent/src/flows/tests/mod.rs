@@ -2,7 +2,7 @@
 
 use super::lab::*;
 use super::*;
-use smoltcp::wire::{TcpControl, TcpRepr};
+use smoltcp::wire::{TcpControl, TcpRepr, TcpTimestampRepr};
 
 use crate::wire::bare_repr;
 
