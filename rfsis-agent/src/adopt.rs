@@ -127,6 +127,11 @@ impl OpenFlows {
         OpenFlow(self.clone(), flow)
     }
 
+    /// Whether this is one of them.
+    pub fn contains(&self, flow: &FlowKey) -> bool {
+        self.lock().contains(flow)
+    }
+
     /// How many of them are so.
     pub fn count(&self, mut is_so: impl FnMut(FlowKey) -> bool) -> usize {
         self.lock().iter().filter(|flow| is_so(**flow)).count()
@@ -153,7 +158,9 @@ mod tests {
         let second = open.enter(flow(2));
         assert_eq!(open.count(|_| true), 2);
         assert_eq!(open.count(|known| known == flow(2)), 1);
+        assert!(open.contains(&flow(1)));
         drop(first);
+        assert!(!open.contains(&flow(1)));
         assert_eq!(open.count(|_| true), 1);
         drop(second);
         assert_eq!(open.count(|_| true), 0);

@@ -24,6 +24,7 @@ use crate::heartbeat::{MacAddr, Nanos};
 use crate::link::Link;
 use crate::metrics::{AdoptionResult, FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::relay::Relay;
+use crate::segment;
 use crate::shared::Shared;
 use crate::sys::{self, PacketSocket, RawIpSocket};
 use crate::tcp_repair;
@@ -173,8 +174,19 @@ impl KernelEffects {
         }
     }
 
-    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now, or for nobody. From
-    /// a raw socket to an own address it goes through the loopback device, past the programs.
+    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now.
+    ///
+    /// Frames that came later were with the kernel before: where they have ended the connection, the kernel
+    /// would answer this one by a reset, and that may hit a client that has not read all.
+    fn pass_on_if_adopted(&self, packet: &[u8]) {
+        let parsed = segment::parse_headers(packet, Direction::ToVip);
+        if parsed.is_ok_and(|(flow, _)| self.open.contains(&flow)) {
+            self.pass_on(packet);
+        }
+    }
+
+    /// Hands the kernel a packet that came in while it was not to have it. From a raw socket to an own address
+    /// it goes through the loopback device, past the programs.
     fn pass_on(&self, packet: &[u8]) {
         let sent = adopt::for_the_kernel(packet).map(|packet| self.socket.send(&packet));
         // As good as lost on its way: the client repeats it.
@@ -443,7 +455,7 @@ impl Engine {
                         self.flows
                             .process_frame(packet, direction, arrival, &mut self.effects);
                     if result == FrameResult::UnknownFlow && header.state == State::Active as u16 {
-                        self.effects.pass_on(packet);
+                        self.effects.pass_on_if_adopted(packet);
                     }
                     result
                 },
