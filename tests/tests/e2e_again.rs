@@ -5,6 +5,7 @@
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tests::agent::port;
@@ -12,7 +13,8 @@ use tests::client::{connect, hears, says};
 use tests::cluster::seed;
 use tests::patience::{slowed, wait_until};
 use tests::pulse::Pulse;
-use tests::{Agent, Capture, Cluster, Failover, Host, Lab, Typist, Wiring, on_each_wiring};
+use tests::wire::Wire;
+use tests::{Agent, Capture, Cluster, Failover, Host, Lab, Typist, VIP, Wiring, on_each_wiring};
 
 /// From the old active's return until all is protected again, with a few flows.
 const TO_REPAIR: Duration = Duration::from_secs(20);
@@ -21,6 +23,21 @@ const TO_REPAIR: Duration = Duration::from_secs(20);
 fn alternating(failovers: usize) -> Vec<[u8; 6]> {
     let nodes = [Host::A.mac(), Host::B.mac()];
     nodes.into_iter().cycle().take(failovers + 1).collect()
+}
+
+/// Asks everybody all the time who has the VIP (RFC 826), until told to stop: a node that may speak for it does.
+fn ask_who_speaks(lab: &Lab, over: &AtomicBool) {
+    let wire = Wire::open(lab.client()).unwrap();
+    let mut question = [0xff; 42];
+    question[6..12].copy_from_slice(&Host::Client.mac());
+    question[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    question[22..28].copy_from_slice(&Host::Client.mac());
+    question[28..32].copy_from_slice(&Host::Client.address().octets());
+    question[38..].copy_from_slice(&VIP.octets());
+    while !over.load(Ordering::Relaxed) {
+        wire.send(&question).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// An `nc` session and an echo at 1 kHz across these failovers.
@@ -33,6 +50,40 @@ fn two_connections_survive(wiring: Wiring, ways: &[Failover]) {
     nc.echoes("typed once");
     let pulse = Pulse::start(&lab).unwrap();
     cluster.wait_redundant(2, slowed(TO_REPAIR));
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Who was cut off learns only from the other, when both meet again, that it has lost the VIP, and answers
+        // until then.
+        if !ways.contains(&Failover::LinkCut) {
+            scope.spawn(|| ask_who_speaks(&lab, &over));
+        }
+        // Also when the test fails.
+        let _over = Over(&over);
+        fail_over_again_and_again(&mut cluster, &mut nc, &pulse, ways);
+    });
+    nc.echoes("typed last");
+    assert!(nc.hang_up().success());
+    pulse.finish().unwrap();
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    trace.no_byte_from_vip_changed().unwrap();
+    assert_eq!(trace.voices(), alternating(ways.len()));
+}
+
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn fail_over_again_and_again(
+    cluster: &mut Cluster<'_>,
+    nc: &mut Typist,
+    pulse: &Pulse,
+    ways: &[Failover],
+) {
     for (turn, &how) in ways.iter().enumerate() {
         eprintln!("failover {turn}: {how:?}");
         pulse.beat_on(20);
@@ -46,17 +97,16 @@ fn two_connections_survive(wiring: Wiring, ways: &[Failover]) {
         pulse.beat_on(20);
         cluster.wait_redundant(2, slowed(TO_REPAIR));
     }
-    nc.echoes("typed last");
-    assert!(nc.hang_up().success());
-    pulse.finish().unwrap();
-    let trace = capture.stop();
-    trace.no_reset_from_vip().unwrap();
-    trace.no_byte_from_vip_changed().unwrap();
-    assert_eq!(trace.voices(), alternating(ways.len()));
 }
 
 fn there_and_back_by_two_kills(wiring: Wiring) {
     two_connections_survive(wiring, &[Failover::Kill9; 2]);
+}
+
+/// Asked without pause, only one answers: neither who hangs, nor who wakes, nor who has handed over.
+fn whoever_has_lost_the_vip_does_not_answer_for_it(wiring: Wiring) {
+    let ways = [Failover::Hang, Failover::Switchover, Failover::Kill9];
+    two_connections_survive(wiring, &[ways, ways].concat());
 }
 
 fn twenty_failovers_of_every_kind(wiring: Wiring) {
@@ -256,6 +306,7 @@ on_each_wiring! { [mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
 }}
 
 on_each_wiring! { [on_a_switch: Mirror] {
+    whoever_has_lost_the_vip_does_not_answer_for_it => super::whoever_has_lost_the_vip_does_not_answer_for_it;
     twenty_failovers_of_every_kind => super::twenty_failovers_of_every_kind;
     a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything =>
         super::a_standby_that_dies_while_it_is_given_the_flows_costs_nobody_anything;

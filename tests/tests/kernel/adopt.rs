@@ -2,14 +2,14 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use etherparse::{PacketBuilder, TcpOptionElement};
 use rfsis_agent::adopt::{Numbers, for_the_kernel};
 use rfsis_agent::segment::{Segment, parse};
 use rfsis_agent::sys::RawIpSocket;
-use rfsis_agent::tcp_repair::restore;
+use rfsis_agent::tcp_repair::{self, restore};
 use rfsis_common::maps::Direction;
 use socket2::{Domain, Socket, Type};
 use tests::patience::wait_until;
@@ -133,6 +133,10 @@ fn a_restored_socket_goes_on_with_its_numbers() {
         let frame = next(&wire, PATIENCE).expect("it is acknowledged");
         assert_eq!(read(&frame).ack, Some(numbers.rcv_nxt.wrapping_add(12)));
         assert_eq!(read(&frame).options.timestamp.unwrap().1, 77);
+        let reading = tcp_repair::read(socket.as_fd()).unwrap();
+        let scales = (reading.peer.window_scale, reading.own.window_scale);
+        assert_eq!(scales, (Some(3), Some(9)));
+        assert!(reading.peer.sack_permitted && reading.peer.timestamp.is_some());
     });
 }
 
