@@ -62,19 +62,26 @@ impl Connection {
         let Start {
             mut handler,
             input,
-            entry: _entry,
+            entry,
         } = start;
         tokio::select! {
             biased;
             () = epoch.ended() => abort(&self.stream),
-            () = self.converse(&mut *handler, input) => {}
+            () = self.converse(&mut *handler, input, entry) => {}
         }
     }
 
-    async fn converse(&mut self, handler: &mut dyn StreamHandler, input: Vec<u8>) {
+    async fn converse(
+        &mut self,
+        handler: &mut dyn StreamHandler,
+        input: Vec<u8>,
+        entry: Option<OpenFlow>,
+    ) {
         let asked = self.connections.register(self.flow);
         let outcome = exchange(&self.stream, handler, Buffer::of(input), &asked).await;
         drop(asked);
+        // Once both sides have ended it the kernel answers what comes late by a reset, though the socket is open.
+        drop(entry);
         // All that follows may send a FIN or RST: the half-close, and the drop that closes.
         if let Err(error) = self.gate.approve(self.flow) {
             tracing::warn!(flow = ?self.flow, %error, "cannot approve the end of a connection");
