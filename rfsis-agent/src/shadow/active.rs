@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use smoltcp::socket::tcp::Socket;
 
 use super::{Context, Shadow, Source, is_far};
-use crate::lockstep::{before, distance, later};
+use crate::lockstep::{before, later};
 use crate::segment::Segment;
 
 impl Shadow {
