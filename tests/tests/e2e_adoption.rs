@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use rfsis_agent::tcp_repair::restore;
 use socket2::SockRef;
 use tests::agent::port;
 use tests::client::{
-    Noise, chargen_exactly, connect, echo_exactly, expect_end, hears, parts, says, tcp_sockets,
+    Noise, chargen_exactly, connect, echo_exactly, hears, parts, says, tcp_sockets,
 };
 use tests::patience::wait_until;
 use tests::{Agent, Capture, Death, Host, Lab, Pair, VIP, Wiring, on_each_wiring};
@@ -171,7 +171,7 @@ fn bulk_is_adopted(wiring: Wiring, service: u16) {
 fn echo_until(stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
     const CHUNK: usize = 16 << 10;
     let sent = AtomicU64::new(0);
-    let ended = AtomicBool::new(false);
+    let mut read = 0;
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut noise, mut chunk, mut out) = (Noise::new(3), vec![0; CHUNK], stream);
@@ -181,12 +181,15 @@ fn echo_until(stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
                 sent.fetch_add(CHUNK as u64, Ordering::Relaxed);
             }
             stream.shutdown(Shutdown::Write).unwrap();
-            ended.store(true, Ordering::Release);
         });
         let (mut noise, mut found, mut expected) = (Noise::new(3), vec![0; CHUNK], vec![0; CHUNK]);
-        let (mut input, mut read) = (stream, 0);
-        while !(ended.load(Ordering::Acquire) && read == sent.load(Ordering::Relaxed)) {
-            input.read_exact(&mut found).unwrap();
+        let mut input = stream;
+        loop {
+            match input.read_exact(&mut found) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break,
+                Err(error) => panic!("{error} after {read} bytes"),
+            }
             noise.fill(&mut expected);
             assert!(
                 found == expected,
@@ -196,7 +199,11 @@ fn echo_until(stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
             progress.store(read, Ordering::Relaxed);
         }
     });
-    expect_end(stream).unwrap();
+    assert_eq!(
+        read,
+        sent.into_inner(),
+        "bytes that came back, of those that were sent"
+    );
 }
 
 /// The client has closed its half, and reads on for ever: its flow ends where it is.
