@@ -7,10 +7,12 @@
 #![no_main]
 
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::net::Ipv4Addr;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use rfsis_agent::adopt::{Numbers, Unfinished};
 use rfsis_agent::flows::{Effects, Flows, FlowsConfig};
 use rfsis_agent::handler::HandlerKind;
 use rfsis_agent::segment::{self, Options, flow_key};
@@ -102,6 +104,21 @@ struct World {
 }
 
 impl Effects for World {
+    type Socket = Infallible;
+
+    // A shadow stays one: it is what is looked at.
+    fn may_adopt(&self) -> bool {
+        false
+    }
+
+    fn restore(&mut self, _: &Numbers) -> Option<Infallible> {
+        None
+    }
+
+    fn adopt(&mut self, _: FlowKey, socket: Infallible, _: Unfinished) {
+        match socket {}
+    }
+
     fn send(&mut self, packet: &[u8]) {
         self.sent.push(packet.to_vec());
     }
