@@ -2,9 +2,7 @@
 //! each, and bulk transfers with a switchover every second.
 
 use std::io::Write;
-use std::net::TcpStream;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -25,8 +23,11 @@ const FLOWS: [usize; 3] = [1, 1_000, 10_000];
 const RUNS_MOST: usize = 5;
 /// Full redundancy with 10,000 flows may take this long on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// A bulk transfer, and the time between two switchovers beneath it.
+/// A bulk transfer at the least, and what of it is asked for at a time.
 const BULK: u64 = 1 << 30;
+const PIECE: u64 = 64 << 10;
+/// Switchovers beneath it at the least, and the time between two of them.
+const SWITCHOVERS: usize = 4;
 const PAUSE: Duration = Duration::from_secs(1);
 
 pub fn measure(runs: usize) -> Result<Vec<Figure>> {
@@ -174,22 +175,23 @@ fn return_of(flows: usize) -> Result<(Duration, Duration)> {
 
 fn bulk() -> Result<Vec<Figure>> {
     println!(
-        "### 1 GiB on one connection with a switchover every second, offloads on, `tap: mirror`, `protect: sync`\n"
+        "### 1 GiB or more on one connection with a switchover every second, {SWITCHOVERS} or more, offloads on, `tap: mirror`, `protect: sync`\n"
     );
-    let mut rows = vec![row(["way", "switchovers", "took", "Gbit/s"])];
+    let mut rows = vec![row(["way", "GiB", "switchovers", "took", "Gbit/s"])];
     let mut figures = Vec::new();
     for (way, service) in [("up", port::DISCARD), ("down", port::CHARGEN)] {
-        let (switchovers, took) = transfer(service)?;
-        let rate = BULK as f64 * 8e-9 / took.as_secs_f64();
+        let (bytes, switchovers, took) = transfer(service)?;
+        let rate = bytes as f64 * 8e-9 / took.as_secs_f64();
         let rate = format!("{rate:.2}");
         rows.push(vec![
             way.to_owned(),
+            format!("{:.1}", bytes as f64 / (1_u64 << 30) as f64),
             switchovers.to_string(),
             format!("{took:.1?}"),
             rate.clone(),
         ]);
         figures.push(Figure::told(
-            format!("1 GiB {way} with {switchovers} switchovers beneath it, Gbit/s"),
+            format!("bulk {way} with {switchovers} switchovers beneath it, Gbit/s"),
             rate,
         ));
     }
@@ -197,39 +199,47 @@ fn bulk() -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-fn transfer(service: u16) -> Result<(usize, Duration)> {
+/// Bytes, switchovers and time.
+fn transfer(service: u16) -> Result<(u64, usize, Duration)> {
     let lab = lab(Wiring::MirrorOffloaded)?;
     let mut cluster = Cluster::start(&lab, &Wiring::MirrorOffloaded.settings());
     let stream = connect(&lab, service)?;
+    let (bytes, enough) = (AtomicU64::new(0), AtomicBool::new(false));
+    let goes_on = || !enough.load(Ordering::Relaxed) || bytes.load(Ordering::Relaxed) < BULK;
     let began = Instant::now();
-    let client: JoinHandle<Result<()>> = std::thread::spawn(move || match service {
-        port::DISCARD => upload(&stream),
-        _ => chargen_exactly(&stream, 0, BULK, &AtomicU64::new(0)),
-    });
-    let mut switchovers = 0;
-    let mut due = began + PAUSE;
-    while !client.is_finished() {
-        if Instant::now() < due {
-            std::thread::sleep(Duration::from_millis(10));
-            continue;
+    let (switchovers, took) = std::thread::scope(|scope| {
+        let client = scope.spawn(|| -> Result<()> {
+            let (mut output, chunk) = (&stream, vec![7; PIECE as usize]);
+            while goes_on() {
+                if service == port::DISCARD {
+                    output.write_all(&chunk).context("uploading")?;
+                    bytes.fetch_add(PIECE, Ordering::Relaxed);
+                } else {
+                    chargen_exactly(&stream, bytes.load(Ordering::Relaxed), PIECE, &bytes)?;
+                }
+            }
+            if service == port::DISCARD {
+                parts(&stream)?;
+            }
+            Ok(())
+        });
+        let mut switchovers = 0;
+        let mut due = began + PAUSE;
+        while !client.is_finished() {
+            if Instant::now() < due {
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
+            // Refused while the flow is at risk: it is tried again until it is not.
+            if cluster.switch_over().is_ok() {
+                switchovers += 1;
+                enough.store(switchovers >= SWITCHOVERS, Ordering::Relaxed);
+                due += PAUSE;
+            }
         }
-        // Refused while the flow is at risk: it is tried again until it is not.
-        if cluster.switch_over().is_ok() {
-            switchovers += 1;
-            due += PAUSE;
-        }
-    }
-    let took = began.elapsed();
-    client.join().ok().context("the client panicked")??;
-    ensure!(switchovers > 0, "no switchover took place");
-    Ok((switchovers, took))
-}
-
-fn upload(mut stream: &TcpStream) -> Result<()> {
-    let chunk = vec![7; 64 << 10];
-    let sent = AtomicU64::new(0);
-    while sent.fetch_add(chunk.len() as u64, Ordering::Relaxed) < BULK {
-        stream.write_all(&chunk).context("uploading")?;
-    }
-    parts(stream)
+        let took = began.elapsed();
+        client.join().ok().context("the client panicked")??;
+        anyhow::Ok((switchovers, took))
+    })?;
+    Ok((bytes.into_inner(), switchovers, took))
 }
