@@ -57,10 +57,10 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 // Fails where there is none, which is the usual case.
                 let _ = APPROVED_FLOWS.remove(tcp.flow);
             }
-            match ack_gate::judge(&ctx, &frame, now_ns) {
+            let verdict = ack_gate::judge(&ctx, &frame, now_ns);
+            match verdict {
                 AckGateVerdict::Held | AckGateVerdict::OpeningLost => return TC_ACT_STOLEN,
-                AckGateVerdict::Opening => {
-                    mirror::offer_held(&ctx, &frame, now_ns);
+                AckGateVerdict::Opening if !mirror::mark_held(&ctx, &frame) => {
                     return TC_ACT_STOLEN;
                 }
                 // The standby has got it when it was held.
@@ -69,7 +69,11 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 }
                 _ => {}
             }
-            if mirror::offer(&ctx, &frame, now_ns) {
+            // In one place for all: twice in the program it takes more stack than Linux 6.1 grants.
+            let intact = mirror::offer(&ctx, &frame, now_ns);
+            if matches!(verdict, AckGateVerdict::Opening) {
+                TC_ACT_STOLEN
+            } else if intact {
                 TC_ACT_UNSPEC
             } else {
                 TC_ACT_SHOT

@@ -98,15 +98,10 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
     }
 }
 
-/// Copies a SYN-ACK that the ACK gate holds, marked so. It is not put back as it was: it goes no further.
+/// Marks a SYN-ACK that the ACK gate holds, to be copied so; `false` if it is not to be. It goes no further.
 #[inline(always)]
-pub fn offer_held(ctx: &TcContext, frame: &Classified, now_ns: u64) {
-    if mirror_ifindex() != 0
-        && let Some(tcp) = frame.tcp()
-        && ack_gate::mark_held(ctx, tcp)
-    {
-        offer(ctx, frame, now_ns);
-    }
+pub fn mark_held(ctx: &TcContext, frame: &Classified) -> bool {
+    mirror_ifindex() != 0 && frame.tcp().is_some_and(|tcp| ack_gate::mark_held(ctx, tcp))
 }
 
 /// Whether the standby cannot compute what this port's service says.
