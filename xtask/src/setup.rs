@@ -8,10 +8,11 @@ use crate::ebpf::{LINKED_TOOLCHAIN, Toolchain};
 use crate::shell::{ask, command, find, has, root_prefix, run_quietly};
 
 /// Programs that the tests and the demo run, and the Debian packages they come from.
-pub const PROGRAMS: [(&str, &str); 9] = [
+pub const PROGRAMS: [(&str, &str); 10] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
+    ("ss", "iproute2"),
     ("nc.openbsd", "netcat-openbsd"),
     ("tcpdump", "tcpdump"),
     ("ethtool", "ethtool"),

@@ -212,14 +212,9 @@ fn history(seed: u64) -> usize {
             0 => pace(Plan::chargen(size)),
             _ => pace(Plan::discard(size)),
         };
-        let mut wrapping = || match rng.below(3) {
-            0 => Some((rng.below(1 << 18) as u32).wrapping_neg()),
-            1 => Some(rng.next() as u32),
-            _ => None,
-        };
         let tweaks = Tweaks {
-            client_isn: wrapping(),
-            active_isn: wrapping(),
+            client_isn: histories::wrapping(&mut rng),
+            active_isn: histories::wrapping(&mut rng),
             timestamps: rng.below(2) == 0,
             window_scale: rng.below(2) == 0,
             sack: rng.below(2) == 0,

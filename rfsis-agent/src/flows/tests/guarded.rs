@@ -86,13 +86,8 @@ fn every_guarded_history_ends_exact() {
     }
 }
 
-const HISTORIES: u64 = 300;
-
-fn history(seed: u64) {
-    let _named = histories::Named(seed);
-    let mut rng = Rng(seed ^ 0x5a5a);
-    let mut lab = Lab::guarded(seed);
-    lab.world.adopts = seed.is_multiple_of(2);
+/// Any of the ways in which copies, datagrams and the client's packets get lost.
+pub(super) fn rough_guarded(lab: &mut Lab, rng: &mut Rng) {
     let rough = [0, 20, 200][rng.below(3) as usize];
     let lossy = [1, 5, 30][rng.below(3) as usize];
     lab.faults = Faults {
@@ -103,27 +98,37 @@ fn history(seed: u64) {
         tap_swaps: rng.below(100),
     };
     lab.gate.as_mut().unwrap().sync_loss = rng.below(rough + 1);
+}
+
+/// A connection of less than 2^`bits` bytes.
+pub(super) fn any_plan(rng: &mut Rng, bits: u64) -> Plan {
+    let size = 1 << rng.below(bits);
+    let plan = match rng.below(4) {
+        0 => Plan::echo(size),
+        1 => Plan::echo(size).half_close(),
+        2 => Plan::chargen(size),
+        _ => Plan::discard(size),
+    };
+    match rng.below(3) {
+        0 => plan.slow(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
+        1 => plan.typed(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
+        _ => plan,
+    }
+}
+
+const HISTORIES: u64 = 300;
+
+fn history(seed: u64) {
+    let _named = histories::Named(seed);
+    let mut rng = Rng(seed ^ 0x5a5a);
+    let mut lab = Lab::guarded(seed);
+    lab.world.adopts = seed.is_multiple_of(2);
+    rough_guarded(&mut lab, &mut rng);
     for _ in 0..=rng.below(4) {
-        let size = 1 << rng.below(17);
-        let plan = match rng.below(4) {
-            0 => Plan::echo(size),
-            1 => Plan::echo(size).half_close(),
-            2 => Plan::chargen(size),
-            _ => Plan::discard(size),
-        };
-        let plan = match rng.below(3) {
-            0 => plan.slow(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
-            1 => plan.typed(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
-            _ => plan,
-        };
-        let mut wrapping = || match rng.below(3) {
-            0 => Some((rng.below(1 << 18) as u32).wrapping_neg()),
-            1 => Some(rng.next() as u32),
-            _ => None,
-        };
+        let plan = any_plan(&mut rng, 17);
         let tweaks = Tweaks {
-            client_isn: wrapping(),
-            active_isn: wrapping(),
+            client_isn: histories::wrapping(&mut rng),
+            active_isn: histories::wrapping(&mut rng),
             timestamps: rng.below(2) == 0,
             window_scale: rng.below(2) == 0,
             sack: rng.below(2) == 0,

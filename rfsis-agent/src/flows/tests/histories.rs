@@ -14,6 +14,15 @@ impl Drop for Named {
     }
 }
 
+/// A first sequence number: perhaps one that soon wraps around, perhaps the stack's own.
+pub(super) fn wrapping(rng: &mut Rng) -> Option<u32> {
+    match rng.below(3) {
+        0 => Some((rng.below(1 << 18) as u32).wrapping_neg()),
+        1 => Some(rng.next() as u32),
+        _ => None,
+    }
+}
+
 /// What became of one random history: flows that went on, flows that were reset.
 fn history(seed: u64) -> (usize, usize) {
     let _named = Named(seed);
@@ -61,14 +70,9 @@ fn history(seed: u64) -> (usize, usize) {
             },
             _ => plan,
         };
-        let mut wrapping = || match rng.below(3) {
-            0 => Some((rng.below(1 << 18) as u32).wrapping_neg()),
-            1 => Some(rng.next() as u32),
-            _ => None,
-        };
         let tweaks = Tweaks {
-            client_isn: wrapping(),
-            active_isn: wrapping(),
+            client_isn: wrapping(&mut rng),
+            active_isn: wrapping(&mut rng),
             timestamps: rng.below(2) == 0,
             window_scale: rng.below(2) == 0,
             sack: rng.below(2) == 0,

@@ -320,29 +320,9 @@ fn history(seed: u64) -> usize {
     let _named = histories::Named(seed);
     let mut rng = Rng(seed ^ 0x1a7e);
     let mut lab = Lab::guarded(seed);
-    let rough = [0, 20, 200][rng.below(3) as usize];
-    let lossy = [1, 5, 30][rng.below(3) as usize];
-    lab.faults = Faults {
-        loss: rng.below(lossy),
-        duplicates: rng.below(20),
-        jitter: rng.below(3) * rng.below(MS),
-        tap_loss: rng.below(rough + 1),
-        tap_swaps: rng.below(100),
-    };
-    lab.gate.as_mut().unwrap().sync_loss = rng.below(rough + 1);
+    guarded::rough_guarded(&mut lab, &mut rng);
     for _ in 0..=rng.below(4) {
-        let size = 1 << rng.below(18);
-        let plan = match rng.below(4) {
-            0 => Plan::echo(size),
-            1 => Plan::echo(size).half_close(),
-            2 => Plan::chargen(size),
-            _ => Plan::discard(size),
-        };
-        let plan = match rng.below(3) {
-            0 => plan.slow(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
-            1 => plan.typed(1 + (size as usize >> rng.below(6)), rng.below(30) * MS),
-            _ => plan,
-        };
+        let plan = guarded::any_plan(&mut rng, 18);
         let tweaks = Tweaks {
             client_isn: Some(rng.next() as u32),
             active_isn: Some((rng.below(1 << 18) as u32).wrapping_neg()),
