@@ -22,7 +22,7 @@ const MS: Nanos = 1_000_000;
 
 /// Flows that are looked at in one turn, and the time from one turn to the next, ns: the frames of the others
 /// wait meanwhile, and the services have as much to do.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 32;
 const TURN: Nanos = MS;
 
 /// Shadows that are done with and given back to the system in one turn: to unmap their buffers takes as long
