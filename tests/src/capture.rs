@@ -215,6 +215,30 @@ pub struct Segment {
     pub payload: Vec<u8>,
 }
 
+impl Segment {
+    /// Time, sender's hardware address, flags and numbers.
+    fn summary(&self, frame: &CapturedFrame) -> String {
+        let since = frame.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mac = frame.source_mac().unwrap_or_default();
+        let flags = [(self.syn, 'S'), (self.fin, 'F'), (self.rst, 'R')];
+        let flags: String = flags
+            .iter()
+            .filter(|(set, _)| *set)
+            .map(|(_, flag)| flag)
+            .collect();
+        format!(
+            "{:.6} {mac:02x?} {} > {} [{flags}] seq {} ack {} window {} bytes {}",
+            since.as_secs_f64() % 60.0,
+            self.source.1,
+            self.destination.1,
+            self.seq,
+            self.ack,
+            self.window,
+            self.payload.len()
+        )
+    }
+}
+
 fn sack_blocks(tcp: &TcpSlice<'_>) -> Vec<(u32, u32)> {
     let blocks = tcp.options_iterator().find_map(|option| match option {
         Ok(TcpOptionElement::SelectiveAcknowledgement(first, rest)) => {
@@ -224,6 +248,17 @@ fn sack_blocks(tcp: &TcpSlice<'_>) -> Vec<(u32, u32)> {
         _ => None,
     });
     blocks.unwrap_or_default()
+}
+
+/// How far a connection has been closed.
+#[derive(Default)]
+struct Closing {
+    /// The number behind the VIP's FIN.
+    end: Option<u32>,
+    /// The client has sent its FIN.
+    client_closed: bool,
+    /// Besides, it has acknowledged the VIP's.
+    over: bool,
 }
 
 /// A finished capture.
@@ -281,32 +316,34 @@ impl Trace {
     /// That the VIP never refused anybody: no TCP reset, and no ICMP "destination unreachable",
     /// which is what a UDP client sees of a dead server.
     ///
-    /// A connection that both sides have closed cannot be reset any more: when its last FIN was sent
-    /// twice, the client acknowledges it twice, and any kernel answers the second with an RST at that
-    /// number (RFC 9293 section 3.10.7.1), which the client's TIME-WAIT ignores.
+    /// A connection that both sides have closed cannot be reset any more, once the client has acknowledged
+    /// the VIP's FIN: it has all bytes, and its TIME-WAIT ignores resets. Any kernel answers by one what comes
+    /// after that (RFC 9293 section 3.10.7.1): the second acknowledgement of a FIN that was sent twice, or older
+    /// ones that a busy machine's bridge has let the last one overtake.
     ///
     /// # Errors
     /// Names the first refusal.
     pub fn no_reset_from_vip(&self) -> Result<()> {
-        // By the client's port and the service's: the end of the VIP's FIN, and whether the client
-        // has sent its own.
-        let mut closing: HashMap<(u16, u16), (Option<u32>, bool)> = HashMap::new();
+        // By the client's port and the service's.
+        let mut closing: HashMap<(u16, u16), Closing> = HashMap::new();
         for segment in self.frames.iter().filter_map(CapturedFrame::tcp) {
             let (from, to) = (segment.source.1, segment.destination.1);
-            if segment.source.0 != VIP {
-                let (_, client_closed) = closing.entry((from, to)).or_default();
-                *client_closed = (*client_closed || segment.fin) && !segment.syn;
-                continue;
-            }
-            let (end, client_closed) = closing.entry((to, from)).or_default();
+            let from_vip = segment.source.0 == VIP;
+            let flow = if from_vip { (to, from) } else { (from, to) };
+            let known = closing.entry(flow).or_default();
             if segment.syn {
-                *end = None;
+                *known = Closing::default();
+            } else if !from_vip {
+                known.client_closed |= segment.fin;
+                known.over |= known.client_closed && known.end == Some(segment.ack);
+                continue;
             } else if segment.fin {
                 let len = segment.payload.len() as u32;
-                *end = Some(segment.seq.wrapping_add(len).wrapping_add(1));
+                known.end = Some(segment.seq.wrapping_add(len).wrapping_add(1));
             }
-            if segment.rst && !(*client_closed && *end == Some(segment.seq)) {
-                bail!("the VIP sent a reset: {segment:?}");
+            if segment.rst && from_vip && !known.over {
+                let about = self.last_of(flow, 16).join("\n");
+                bail!("the VIP sent a reset: {segment:?}; the end of that connection:\n{about}");
             }
         }
         match self
@@ -317,6 +354,19 @@ impl Trace {
             Some(frame) => bail!("the VIP sent an ICMP unreachable: {frame:?}"),
             None => Ok(()),
         }
+    }
+
+    /// The last segments between the client's port and the service's, a line each.
+    fn last_of(&self, ports: (u16, u16), count: usize) -> Vec<String> {
+        let lines = self.frames.iter().filter_map(|frame| {
+            let segment = frame.tcp()?;
+            let from_vip = segment.source.0 == VIP;
+            let (from, to) = (segment.source.1, segment.destination.1);
+            let of_it = if from_vip { (to, from) } else { (from, to) };
+            (of_it == ports).then(|| segment.summary(frame))
+        });
+        let lines: Vec<_> = lines.collect();
+        lines[lines.len().saturating_sub(count)..].to_vec()
     }
 
     /// That no byte of any connection was sent by the VIP with two values.
@@ -446,32 +496,46 @@ mod tests {
     }
 
     #[test]
-    fn an_rst_is_none_only_where_both_sides_have_closed_and_at_that_number() {
-        let fin = |from: Host, (source, to): ([u8; 4], [u8; 4]), (port, peer), seq| {
+    fn an_rst_is_none_only_where_both_sides_have_closed_and_the_client_has_all() {
+        let (vip, client) = (VIP.octets(), Host::Client.address().octets());
+        let of_client = |fin: bool, ack| {
+            let builder = PacketBuilder::ethernet2(Host::Client.mac(), Host::A.mac())
+                .ipv4(client, vip, 64)
+                .tcp(40_000, 7, 500, 1000)
+                .ack(ack);
             let mut bytes = Vec::new();
-            PacketBuilder::ethernet2(from.mac(), Host::A.mac())
-                .ipv4(source, to, 64)
-                .tcp(port, peer, seq, 1000)
-                .fin()
-                .write(&mut bytes, b"")
-                .unwrap();
+            let builder = if fin { builder.fin() } else { builder };
+            builder.write(&mut bytes, b"").unwrap();
             CapturedFrame {
                 at: UNIX_EPOCH,
                 bytes,
             }
         };
-        let (vip, client) = (VIP.octets(), Host::Client.address().octets());
-        let theirs = fin(Host::Client, (client, vip), (40_000, 7), 500);
-        let ours = fin(Host::A, (vip, client), (7, 40_000), 90);
-        let rst = |seq| segment(Host::A.mac(), seq, false, true, b"");
-        let closed = [theirs.clone(), ours.clone()];
-        let with = |frames: &[CapturedFrame], last| {
-            trace(frames.iter().cloned().chain([last])).no_reset_from_vip()
+        let mut bytes = Vec::new();
+        PacketBuilder::ethernet2(Host::A.mac(), Host::Client.mac())
+            .ipv4(vip, client, 64)
+            .tcp(7, 40_000, 90, 1000)
+            .fin()
+            .write(&mut bytes, b"")
+            .unwrap();
+        let ours = CapturedFrame {
+            at: UNIX_EPOCH,
+            bytes,
         };
-        with(&closed, rst(91)).unwrap();
-        assert!(with(&closed, rst(90)).is_err());
-        assert!(with(&[theirs], rst(91)).is_err());
-        assert!(with(&[ours], rst(91)).is_err());
+        let then_reset = |frames: &[&CapturedFrame]| {
+            let reset = segment(Host::A.mac(), 42, false, true, b"");
+            trace(frames.iter().copied().cloned().chain([reset])).no_reset_from_vip()
+        };
+        let (theirs, acknowledged) = (of_client(true, 90), of_client(false, 91));
+        then_reset(&[&theirs, &ours, &acknowledged]).unwrap();
+        then_reset(&[&ours, &acknowledged, &of_client(true, 91)]).unwrap();
+        assert!(then_reset(&[&theirs, &ours]).is_err());
+        assert!(then_reset(&[&theirs, &ours, &of_client(false, 90)]).is_err());
+        assert!(then_reset(&[&theirs, &acknowledged]).is_err());
+        assert!(then_reset(&[&ours, &acknowledged]).is_err());
+        // The next connection of the same ports.
+        let syn = segment(Host::A.mac(), 7, true, false, b"");
+        assert!(then_reset(&[&theirs, &ours, &acknowledged, &syn]).is_err());
     }
 
     #[test]
