@@ -30,6 +30,10 @@ const SHADOW_THREAD: &str = "rfsis-shadows";
 /// Echoes before the death, and after the last adoption.
 const STEADY: u64 = 300;
 
+/// Where BBR is the default, a client that has waited for a takeover takes the path for a slow one: it then spaces
+/// its numbers by 10 ms of its own accord.
+const UNPACED: (&str, &str) = ("ipv4/tcp_congestion_control", "reno");
+
 /// Work on a flow, microseconds; all of them; and a gap for another flow.
 const TARGET_WORK: f64 = 20.0;
 const TARGET_ALL: Duration = Duration::from_secs(1);
@@ -126,7 +130,10 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
 
 /// One run; `None` if the nodes changed places before the death.
 fn adoption() -> Result<Option<Adoption>> {
-    let lab = Lab::build(&LabOptions::default())?;
+    let lab = Lab::build(&LabOptions {
+        client_sysctls: vec![UNPACED],
+        ..LabOptions::default()
+    })?;
     let pair = pair(&lab, &Settings::heartbeat("10ms", 3));
     let _clients = match converse(&lab, FLOWS) {
         Err(_) if !is_standby(&pair.backup) => return Ok(None),
