@@ -9,6 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -46,8 +47,9 @@ const SLOWNESS: &str = "10";
 type Plan = Vec<(&'static str, Vec<String>)>;
 
 /// Runs tests of the `tests` package on the newest kernel of a series that Debian has: by default
-/// what depends on the kernel most, with a filter all tests whose name contains it. On a kernel that
-/// is too old, the test that the agent says so.
+/// what depends on the kernel most, the programs' tests, and end to end a netcat session across a kill
+/// and an adoption; with a filter all tests whose name contains it. On a kernel that is too old, the test
+/// that the agent says so.
 ///
 /// # Errors
 /// When a test fails, the machine hangs or ends without a result, or something cannot be set up.
@@ -102,8 +104,20 @@ fn standard_plan(too_old: bool) -> Plan {
         return vec![("e2e_refusals", words(test))];
     }
     vec![
+        // First: it needs modules that are not loaded yet.
+        (
+            "e2e_refusals",
+            words("--ignored --exact a_kernel_without_filters_is_named_with_what_it_lacks"),
+        ),
         ("kernel", Vec::new()),
-        ("e2e_netcat", words("echo_survives_kill_of_the_primary")),
+        (
+            "e2e_netcat",
+            words("--exact mirror::echo_survives_kill_of_the_primary"),
+        ),
+        (
+            "e2e_adoption",
+            words("--exact mirror::idle_connections_are_adopted"),
+        ),
     ]
 }
 
@@ -183,6 +197,7 @@ impl Kernel {
         let result = self.directory.join("result");
         fs::write(&result, "")?;
         println!("kernel: booting {}", self.release);
+        let begin = Instant::now();
         let status = command("timeout")
             .args(["--foreground", LIMIT, "qemu-system-x86_64"])
             // Emulated, and so the same everywhere: nested virtualisation is rarely there or sound.
@@ -203,7 +218,8 @@ impl Kernel {
             .context("cannot start qemu")?;
         match fs::read_to_string(&result)?.trim() {
             "passed" => {
-                println!("kernel: the tests pass on {}", self.release);
+                let seconds = begin.elapsed().as_secs();
+                println!("kernel: the tests pass on {} ({seconds} s)", self.release);
                 Ok(())
             }
             "failed" => bail!("tests fail on {}", self.release),

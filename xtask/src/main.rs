@@ -36,6 +36,17 @@ enum Task {
         #[arg(long, value_name = "SERIES")]
         kernel: Option<String>,
     },
+    /// What hosts and LANs do to a failover, the runs of minutes included: starved cores, floods, crowds
+    Stress {
+        /// Only those whose name contains this
+        filter: Option<String>,
+    },
+    /// Run seeds of the simulation; `cargo xtask sim -- --help` has the rest
+    Sim {
+        /// --seeds N, --first S, --jobs J, --seed S, --keep 1,2, --clients 0, --minimise, --fault NAME, --faults N
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Fuzz what takes input from the network or an operator; what is found stays in fuzz/corpus
     Fuzz {
         /// Only this target: config, frame, heartbeat, lockstep, sync
@@ -46,7 +57,7 @@ enum Task {
     },
     /// Check formatting and run clippy on everything, warnings being errors
     Lint,
-    /// What CI runs: plain build, lint, test, a little fuzzing
+    /// What CI runs: plain build, lint, test, the kernel's part again on Debian's 6.1, a little fuzzing
     Ci,
     /// Measure and print tables
     Bench {
@@ -72,9 +83,11 @@ fn main() -> std::process::ExitCode {
             kernel: Some(series),
         } => kernel::test(&series, filter.as_deref()),
         Task::Test { filter, .. } => run::test(filter.as_deref()),
+        Task::Sim { arguments } => run::sim(&arguments),
         Task::Fuzz { target, seconds } => {
             fuzz::fuzz(target.as_deref(), fuzz::Length::Seconds(seconds))
         }
+        Task::Stress { filter } => run::stress(filter.as_deref()),
         Task::Lint => run::lint(),
         Task::Ci => run::ci(),
         Task::Bench { runs, quick, only } => {

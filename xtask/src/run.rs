@@ -1,5 +1,6 @@
 //! The tasks themselves.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -8,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::ebpf::object;
 use crate::fuzz::{Length, fuzz};
+use crate::kernel;
 use crate::setup::{ebpf_clippy, setup};
 use crate::shell::{cargo, root_prefix, run, workspace};
 
@@ -39,11 +41,41 @@ pub fn test(filter: Option<&str>) -> Result<()> {
         "tests",
     ];
     run(cargo().arg("test").args(everything_else).args(filter))?;
+    if filter.is_none() {
+        sim(["--seeds", SIM_SEEDS])?;
+        sim(["--faults", SIM_SEEDS])?;
+    }
     // One lab at a time: each has deadlines of milliseconds, and few machines have cores for two.
     run(as_root("the end-to-end part", cargo().arg("test"))?
         .args(["--release", "--package", "tests", "--no-fail-fast"])
         .args(filter)
         .args(["--", "--test-threads=1"]))
+}
+
+/// The stress tests, those of minutes included, with what they observe.
+///
+/// # Errors
+/// When setup, a build or a test fails.
+pub fn stress(filter: Option<&str>) -> Result<()> {
+    build()?;
+    run(as_root("the stress tests", cargo().arg("test"))?
+        .args(["--release", "--package", "tests", "--test", "stress"])
+        .args(["--", "--include-ignored", "--test-threads=1", "--nocapture"])
+        .args(filter))
+}
+
+/// Seeds of the simulation in `test`; also those by which each deliberate fault must be caught.
+const SIM_SEEDS: &str = "20000";
+
+/// The simulation, with its own arguments.
+///
+/// # Errors
+/// When the build fails, or a seed.
+pub fn sim(arguments: impl IntoIterator<Item: AsRef<OsStr>>) -> Result<()> {
+    run(cargo()
+        .args(["run", "--quiet", "--release", "--package", "rfsis-agent"])
+        .args(["--features", "simulation", "--bin", "rfsis-sim", "--"])
+        .args(arguments))
 }
 
 /// Formatting and clippy.
@@ -56,6 +88,15 @@ pub fn lint() -> Result<()> {
     run(cargo()
         .args(["clippy", "--workspace", "--exclude", "rfsis-ebpf"])
         .args(["--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo()
+        .args([
+            "clippy",
+            "--package",
+            "rfsis-agent",
+            "--features",
+            "simulation",
+        ])
+        .args(["--bins", "--", "-D", "warnings"]))?;
     let toolchain = setup()?;
     ebpf_clippy(toolchain)?;
     toolchain.clippy()
@@ -63,6 +104,8 @@ pub fn lint() -> Result<()> {
 
 /// Inputs of each fuzz target in CI, after its corpus.
 const CI_INPUTS: u32 = 5_000;
+/// The kernel on which CI runs tests besides the host's: of Debian's the oldest that is new enough.
+const CI_KERNEL: &str = "6.1";
 
 /// What CI runs.
 ///
@@ -72,6 +115,7 @@ pub fn ci() -> Result<()> {
     plain_build()?;
     lint()?;
     test(None)?;
+    kernel::test(CI_KERNEL, None)?;
     fuzz(None, Length::Inputs(CI_INPUTS))
 }
 

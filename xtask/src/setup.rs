@@ -8,7 +8,7 @@ use crate::ebpf::{LINKED_TOOLCHAIN, Toolchain};
 use crate::shell::{ask, command, find, has, root_prefix, run_quietly};
 
 /// Programs that the tests and the demo run, and the Debian packages they come from.
-pub const PROGRAMS: [(&str, &str); 10] = [
+pub const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
@@ -18,6 +18,8 @@ pub const PROGRAMS: [(&str, &str); 10] = [
     ("ethtool", "ethtool"),
     ("nft", "nftables"),
     ("setpriv", "util-linux"),
+    ("prlimit", "util-linux"),
+    ("faketime", "faketime"),
     ("cc", "build-essential"),
 ];
 
