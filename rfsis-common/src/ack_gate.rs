@@ -64,6 +64,28 @@ impl Confirmation {
     pub const fn word(self) -> u64 {
         self.0
     }
+
+    /// From the map.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+
+    /// What both say together. One that is all zeros says nothing, and to one that is open none adds anything.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(self, other: Confirmation) -> Confirmation {
+        if self.is_open() || other.0 == 0 {
+            return self;
+        }
+        if self.0 == 0 {
+            return other;
+        }
+        Confirmation::new(
+            later(self.ack(), other.ack()),
+            later(self.edge(), other.edge()),
+        )
+    }
 }
 
 /// Value of map `GUARDED`: a flow that the standby knows.

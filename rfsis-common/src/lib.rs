@@ -14,4 +14,5 @@ pub mod heartbeat;
 pub mod maps;
 pub mod mirror;
 pub mod options;
+pub mod prompt;
 pub mod verdict;

@@ -325,6 +325,14 @@ pub mod names {
     pub const CONFIRMED: &str = "CONFIRMED";
     /// `Array` of [`crate::ack_gate::Sent`], by slot.
     pub const SENT: &str = "SENT";
+    /// `Array` of [`crate::prompt::Prompted`], by slot.
+    pub const PROMPTED: &str = "PROMPTED";
+    /// `Array<PromptPeer>` ([`crate::prompt::PromptPeer`]), one entry.
+    pub const PROMPT: &str = "PROMPT";
+    /// `Array` of [`crate::prompt::PromptSeen`], two entries.
+    pub const PROMPT_SEEN: &str = "PROMPT_SEEN";
+    /// `Array` of [`crate::prompt::Hop`], by slot.
+    pub const HOPS: &str = "HOPS";
     /// `RingBuf` of [`crate::ack_gate::OpeningEvent`].
     pub const OPENINGS: &str = "OPENINGS";
     /// `PerCpuArray<u64>` indexed by [`crate::ack_gate::AckGateVerdict`].
@@ -337,6 +345,8 @@ pub mod names {
     pub const MIRROR_SOURCE: &str = "MIRROR_SOURCE";
     /// Global: [`crate::mirror::MirrorEgress`] as a number.
     pub const MIRROR_EGRESS: &str = "MIRROR_EGRESS";
+    /// Global: index of the VIP's interface.
+    pub const IFINDEX: &str = "IFINDEX";
     /// Global: 1 with `protect: sync`, 0 without an ACK gate.
     pub const ACK_GATE: &str = "ACK_GATE";
 }

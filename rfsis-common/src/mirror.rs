@@ -90,7 +90,8 @@ pub enum MirrorAction {
 
 /// Decides about the copy of a frame: one that came in for the VIP, or one that the gate has passed.
 ///
-/// ARP is not copied: each node asks and answers for itself. `sent_next` gives the number behind the last
+/// ARP is not copied: each node asks and answers for itself. `egress` says what of this flow's output is copied;
+/// it is asked of output that would be spared. `sent_next` gives the number behind the last
 /// that the active sent on a flow, where that is known; it is asked of input that would be copied.
 #[inline(always)]
 pub fn mirror_decide(
@@ -98,7 +99,7 @@ pub fn mirror_decide(
     node: &NodeState,
     now_ns: u64,
     peer: MirrorPeer,
-    egress: MirrorEgress,
+    egress: impl FnOnce() -> MirrorEgress,
     sent_next: impl FnOnce(&TcpPart) -> Option<u32>,
 ) -> MirrorAction {
     if !matches!(frame.class, FrameClass::Vip) {
@@ -115,8 +116,8 @@ pub fn mirror_decide(
         return MirrorAction::Skip(MirrorVerdict::NoStandby);
     }
     if matches!(frame.direction, Direction::FromVip)
-        && matches!(egress, MirrorEgress::Handshake)
         && !is_handshake(frame)
+        && matches!(egress(), MirrorEgress::Handshake)
     {
         return MirrorAction::Skip(MirrorVerdict::Spared);
     }
@@ -158,7 +159,8 @@ mod tests {
     const PEER: MirrorPeer = MirrorPeer::at([2, 0, 0, 0, 0, 2]);
 
     fn decide(frame: &[u8], egress: MirrorEgress) -> MirrorAction {
-        mirror_decide(&classify(&frame, VIP), &OPEN, 1000, PEER, egress, |_| None)
+        let frame = classify(&frame, VIP);
+        mirror_decide(&frame, &OPEN, 1000, PEER, || egress, |_| None)
     }
 
     #[test]
@@ -201,7 +203,7 @@ mod tests {
         let frame = tcp_to_vip(ACK);
         let frame = classify(&&frame[..], VIP);
         let ask = |node: &NodeState, now, peer| {
-            mirror_decide(&frame, node, now, peer, MirrorEgress::Full, |_| None)
+            mirror_decide(&frame, node, now, peer, || MirrorEgress::Full, |_| None)
         };
         let closed = MirrorAction::Skip(MirrorVerdict::Closed);
         assert_eq!(ask(&OPEN, 1000, PEER), MirrorAction::Clone);
@@ -221,9 +223,8 @@ mod tests {
         };
         let ask = |frame: &[u8], now| {
             let frame = classify(&frame, VIP);
-            mirror_decide(&frame, &handing_over, now, PEER, MirrorEgress::Full, |_| {
-                None
-            })
+            let egress = || MirrorEgress::Full;
+            mirror_decide(&frame, &handing_over, now, PEER, egress, |_| None)
         };
         let closed = MirrorAction::Skip(MirrorVerdict::Closed);
         assert_eq!(ask(&tcp_to_vip(ACK), 1000), MirrorAction::Clone);
@@ -249,13 +250,13 @@ mod tests {
         ] {
             let segment = tcp_to_vip(flags);
             let frame = classify(&&segment[..], VIP);
-            let egress = MirrorEgress::Full;
+            let egress = || panic!("asked of input");
             let action = mirror_decide(&frame, &OPEN, 0, PEER, egress, |_| next);
             assert_eq!(action, expected, "flags {flags:#x}, next {next:?}");
         }
         let segment = tcp_from_vip(ACK);
         let frame = classify(&&segment[..], VIP);
         let asked = |_: &TcpPart| panic!("asked of output");
-        mirror_decide(&frame, &OPEN, 0, PEER, MirrorEgress::Full, asked);
+        mirror_decide(&frame, &OPEN, 0, PEER, || MirrorEgress::Full, asked);
     }
 }

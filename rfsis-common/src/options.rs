@@ -19,6 +19,10 @@ const TIMESTAMPS: u8 = 8;
 /// Bytes of a timestamp option.
 const TIMESTAMPS_LEN: u8 = 10;
 
+/// Two NOPs, and the beginning of a timestamp option; the length of all three.
+const ALIGNED_TIMESTAMPS: u32 = u32::from_be_bytes([NOP, NOP, TIMESTAMPS, TIMESTAMPS_LEN]);
+const ALIGNED_TIMESTAMPS_LEN: usize = 12;
+
 /// What was found. Flat, for the verifier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TcpOptions {
@@ -49,7 +53,17 @@ pub fn tcp_options<F: Frame>(frame: &F, tcp: &TcpPart) -> TcpOptions {
     let mut options = TcpOptions::default();
     let mut at = tcp.offset + HEADER_LEN;
     let end = tcp.offset + tcp.header_len;
-    for _ in 0..STEPS {
+    let mut steps = STEPS;
+    // Nearly always the first, and the only ones.
+    if at + ALIGNED_TIMESTAMPS_LEN <= end
+        && let Some([ALIGNED_TIMESTAMPS, tsval, tsecr]) = frame.words(at)
+    {
+        options.has_timestamp = true;
+        (options.tsval, options.tsecr) = (tsval, tsecr);
+        at += ALIGNED_TIMESTAMPS_LEN;
+        steps -= 1;
+    }
+    for _ in 0..steps {
         if at >= end {
             break;
         }

@@ -231,13 +231,18 @@ pub fn gate_decide(
 ///
 /// A copy is told by its address and not by a mark: marks are the host's to use. So it has to pass the
 /// gate like everything else, and whoever forges one gains nothing: the standby is where it goes.
+/// `destination` is asked only where there is a standby.
 #[inline(always)]
-pub fn tell_copy(verdict: GateVerdict, destination: MirrorPeer, peer: MirrorPeer) -> GateVerdict {
-    match verdict {
-        GateVerdict::Passed if !peer.is_nobody() && destination.word() == peer.word() => {
-            GateVerdict::Copy
-        }
-        verdict => verdict,
+pub fn tell_copy(
+    verdict: GateVerdict,
+    peer: MirrorPeer,
+    destination: impl FnOnce() -> Option<MirrorPeer>,
+) -> GateVerdict {
+    let passed = matches!(verdict, GateVerdict::Passed);
+    if passed && !peer.is_nobody() && destination().is_some_and(|to| to.word() == peer.word()) {
+        GateVerdict::Copy
+    } else {
+        verdict
     }
 }
 
@@ -380,12 +385,14 @@ mod tests {
         let peer = MirrorPeer::at([2, 0, 0, 0, 0, 2]);
         let client = MirrorPeer::at([2, 0, 0, 0, 0, 50]);
         use GateVerdict::{Closed, Copy, Held, Other, Passed};
-        assert_eq!(tell_copy(Passed, peer, peer), Copy);
-        assert_eq!(tell_copy(Passed, client, peer), Passed);
+        assert_eq!(tell_copy(Passed, peer, || Some(peer)), Copy);
+        assert_eq!(tell_copy(Passed, peer, || Some(client)), Passed);
+        assert_eq!(tell_copy(Passed, peer, || None), Passed);
         let nobody = MirrorPeer::NOBODY;
-        assert_eq!(tell_copy(Passed, nobody, nobody), Passed);
+        let asked = || panic!("asked without a standby");
+        assert_eq!(tell_copy(Passed, nobody, asked), Passed);
         for verdict in [Other, Closed, Held] {
-            assert_eq!(tell_copy(verdict, peer, peer), verdict);
+            assert_eq!(tell_copy(verdict, peer, || Some(peer)), verdict);
         }
     }
 

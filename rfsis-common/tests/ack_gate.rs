@@ -23,8 +23,10 @@ enum Step {
     Probe,
     /// The end of the active's data.
     Fin,
-    /// The standby holds so much more, and has so much more room.
-    Confirm(u32, u32),
+    /// The standby holds so much more, and has so much more room; one or the other hears it.
+    Confirm(u32, u32, bool),
+    /// One or the other hears what was confirmed so many times ago.
+    Late(usize, bool),
     /// The agent looks whether something is pending.
     Release,
     /// A segment while the gate is open.
@@ -39,7 +41,9 @@ fn step(with_open: bool) -> impl Strategy<Value = Step> {
         3 => (1..3000_u32, bytes()).prop_map(|(len, room)| Step::Data(len, room)),
         1 => Just(Step::Probe),
         1 => Just(Step::Fin),
-        4 => (bytes(), bytes()).prop_map(|(ack, room)| Step::Confirm(ack, room)),
+        4 => (bytes(), bytes(), any::<bool>())
+            .prop_map(|(ack, room, who)| Step::Confirm(ack, room, who)),
+        2 => (0..8_usize, any::<bool>()).prop_map(|(ago, who)| Step::Late(ago, who)),
         3 => Just(Step::Release),
         u32::from(with_open) => bytes().prop_map(Step::Open),
     ]
@@ -61,6 +65,10 @@ struct History {
     /// What is confirmed.
     held: u64,
     room: u64,
+    /// The same as the agent has noted it, and the programs by themselves.
+    confirmed: [Confirmation; 2],
+    /// What was confirmed once.
+    earlier: Vec<Confirmation>,
     /// What the client was told.
     told: u64,
     told_edge: u64,
@@ -71,7 +79,11 @@ struct History {
 impl History {
     fn new(client_isn: u32, active_isn: u32, shift: u32) -> Self {
         let edge = u64::from(FIRST_WINDOW);
+        let first = client_isn.wrapping_add(1);
+        let confirmed = Confirmation::new(first, first.wrapping_add(FIRST_WINDOW.into()));
         Self {
+            confirmed: [confirmed; 2],
+            earlier: Vec::new(),
             shift,
             client_isn,
             sent: Sent::new(client_isn, active_isn, FIRST_WINDOW),
@@ -99,7 +111,19 @@ impl History {
     }
 
     fn confirmation(&self) -> Confirmation {
+        let [agent, programs] = self.confirmed;
+        let both = agent.with(programs);
+        assert_eq!(both, self.latest());
+        both
+    }
+
+    fn latest(&self) -> Confirmation {
         Confirmation::new(self.wire(self.held), self.wire(self.room))
+    }
+
+    fn hear_of(&mut self, confirmation: Confirmation, who: bool) {
+        let known = &mut self.confirmed[usize::from(who)];
+        *known = known.with(confirmation);
     }
 
     fn unit(&self) -> i64 {
@@ -218,10 +242,19 @@ impl History {
                 self.ended = true;
             }
             Step::Data(..) | Step::Fin => {}
-            Step::Confirm(len, room) => {
+            Step::Confirm(len, room, who) => {
+                self.earlier.push(self.latest());
                 // The copy may be there before the kernel's own.
-                self.held = (self.held + u64::from(len)).min(self.told_edge);
+                self.held = (self.held + u64::from(len))
+                    .min(self.told_edge)
+                    .max(self.held);
                 self.room = self.room.max(self.held) + u64::from(room);
+                self.hear_of(self.latest(), who);
+            }
+            Step::Late(ago, who) => {
+                if let Some(earlier) = self.earlier.iter().rev().nth(ago) {
+                    self.hear_of(*earlier, who);
+                }
             }
             Step::Release => self.release(),
             Step::Open(room) => {
@@ -245,6 +278,7 @@ impl History {
         }
         self.held = self.held.max(self.received);
         self.room = self.room.max(self.offered);
+        self.hear_of(self.latest(), true);
         self.release();
         assert_eq!(self.told, self.received);
         assert_eq!(release(&self.sent, self.confirmation(), shift), None);
@@ -285,6 +319,17 @@ proptest! {
     ) {
         play(start, &steps);
     }
+}
+
+#[test]
+fn nobody_adds_to_an_open_gate_and_zeros_say_nothing() {
+    let some = Confirmation::new(7, 9);
+    assert!(Confirmation::OPEN.with(some).is_open());
+    assert_eq!(some.with(Confirmation::default()), some);
+    assert_eq!(Confirmation::default().with(some), some);
+    let ahead = Confirmation::new(u32::MAX - 5, u32::MAX);
+    assert_eq!(ahead.with(some), some, "past the wrap");
+    assert_eq!(some.with(ahead), some);
 }
 
 fn at(ack: u32, window: u16) -> Outgoing {

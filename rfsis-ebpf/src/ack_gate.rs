@@ -27,6 +27,7 @@ use crate::maps::{
     is_guarding, mirror_ifindex, mirror_peer, sent, worth_logging,
 };
 use crate::skb::{SkbFrame, mark};
+use crate::{atomic, prompt};
 
 /// Offsets in a TCP header (RFC 9293 section 3.1).
 const ACK_OFFSET: usize = 8;
@@ -125,15 +126,28 @@ fn judge_guarded(
     let before = load(slot);
     let mut after = before;
     after.at_ns = now_ns;
-    let confirmed = match confirmation(guarded.slot) {
-        Some(confirmed) if is_guarding() && !confirmed.is_open() => confirmed,
-        _ => {
-            note_open(&segment, &mut after, guarded.shift);
-            store(slot, &before, &after);
-            return AckGateVerdict::Open;
-        }
+    let confirmed = is_guarding().then(|| confirmation(guarded.slot)).flatten();
+    let Some(confirmed) = confirmed.filter(|confirmed| !confirmed.is_open()) else {
+        note_open(&segment, &mut after, guarded.shift);
+        store(slot, &before, &after);
+        return AckGateVerdict::Open;
     };
-    let decision = ack_decide(&segment, &mut after, confirmed, guarded.shift);
+    // For what is held now, and told later.
+    prompt::note_hop(ctx, guarded.slot);
+    let mut decision = ack_decide(&segment, &mut after, confirmed, guarded.shift);
+    if matches!(decision.verdict, AckVerdict::Held) {
+        store(slot, &before, &after);
+        // Who confirms looks at what is held when it has told: one of the two sees the other, with a full barrier
+        // between.
+        // SAFETY: the pointer is to an element of the array `SENT`; nothing is added.
+        unsafe { atomic::fetch_add(&raw mut (*slot).at_ns, 0) };
+        match confirmation(guarded.slot) {
+            Some(now) if now != confirmed => {
+                decision = ack_decide(&segment, &mut after, now, guarded.shift);
+            }
+            _ => return AckGateVerdict::Held,
+        }
+    }
     let verdict = match decision.verdict {
         AckVerdict::Held => AckGateVerdict::Held,
         _ if !rewrite(ctx, tcp, &options, &decision) => {
@@ -312,7 +326,7 @@ fn replace2(ctx: &TcContext, tcp: &TcpPart, offset: usize, from: [u8; 2], to: [u
 
 /// What a slot holds. A word that another CPU is writing is read old or new.
 #[inline(always)]
-fn load(slot: *mut Sent) -> Sent {
+pub fn load(slot: *mut Sent) -> Sent {
     // SAFETY: the pointer is to an element of the array `SENT`: integers only, always initialised.
     unsafe { read_volatile(slot) }
 }

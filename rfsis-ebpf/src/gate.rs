@@ -44,10 +44,9 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 .is_some_and(|port| unsafe { DATAGRAM_PORTS.get(port).is_some() })
         },
     );
-    let verdict = match ctx.load::<[u8; 6]>(0) {
-        Ok(destination) => tell_copy(verdict, MirrorPeer::at(destination), mirror_peer()),
-        Err(_) => verdict,
-    };
+    let verdict = tell_copy(verdict, mirror_peer(), || {
+        ctx.load::<[u8; 6]>(0).ok().map(MirrorPeer::at)
+    });
     let count = count_gate(verdict);
     match verdict {
         GateVerdict::Other | GateVerdict::Copy => TC_ACT_UNSPEC,

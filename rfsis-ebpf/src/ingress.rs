@@ -14,8 +14,8 @@ use rfsis_common::frame::{FrameClass, classify};
 
 use crate::capture::{Captured, capture};
 use crate::maps::vip;
-use crate::mirror;
 use crate::skb::{SkbFrame, is_tagged};
+use crate::{mirror, prompt};
 
 impl Captured for SkbFrame<'_> {
     type Context = TcContext;
@@ -46,7 +46,7 @@ pub fn rfsis_ingress(ctx: TcContext) -> i32 {
     if is_tagged(&ctx) {
         class.class = FrameClass::Tagged;
     }
-    if !capture(&frame, &class) {
+    if !capture(&frame, &class) || prompt::take(&ctx, &class) {
         return TC_ACT_STOLEN;
     }
     // SAFETY: the helper takes nothing and cannot fail.

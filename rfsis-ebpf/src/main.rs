@@ -5,13 +5,16 @@
 //! who may speak), [`ack_gate`] (what a client is told) and [`mirror`] (what the active copies to the standby).
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod ack_gate;
+mod atomic;
 mod capture;
 mod gate;
 mod ingress;
 mod maps;
 mod mirror;
+mod prompt;
 mod skb;
 mod xdp;
 

@@ -1,5 +1,6 @@
 //! Maps and globals; their layouts and names are those of `rfsis_common::maps`.
 
+use crate::atomic;
 use aya_ebpf::{
     Global,
     macros::map,
@@ -8,6 +9,7 @@ use aya_ebpf::{
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
 use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
+use rfsis_common::prompt::{Hop, MAX_LEN, PromptPeer, PromptRecord, PromptSeen, Prompted, Words};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// The VIP, IPv4 in host byte order; the loader sets it.
@@ -25,6 +27,10 @@ static MIRROR_SOURCE: Global<u64> = Global::new(0);
 /// `MirrorEgress` as a number; the loader sets it.
 #[unsafe(no_mangle)]
 static MIRROR_EGRESS: Global<u32> = Global::new(0);
+
+/// Index of the VIP's interface; the loader sets it.
+#[unsafe(no_mangle)]
+static IFINDEX: Global<u32> = Global::new(0);
 
 /// 1 with an ACK gate, 0 without; the loader sets it.
 #[unsafe(no_mangle)]
@@ -82,6 +88,24 @@ static CONFIRMED: Array<Confirmation> = Array::with_max_entries(1, 0);
 /// The loader sizes it.
 #[map]
 static SENT: Array<Sent> = Array::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+static PROMPTED: Array<Prompted> = Array::with_max_entries(1, 0);
+
+/// The loader sizes it.
+#[map]
+static HOPS: Array<Hop> = Array::with_max_entries(1, 0);
+
+#[map]
+static PROMPT: Array<PromptPeer> = Array::with_max_entries(1, 0);
+
+#[map]
+static PROMPT_SEEN: Array<PromptSeen> = Array::with_max_entries(2, 0);
+
+/// A datagram does not fit the stack.
+#[map]
+static PROMPT_WORDS: PerCpuArray<Words> = PerCpuArray::with_max_entries(1, 0);
 
 /// More than 3,000 handshakes.
 #[map]
@@ -196,13 +220,85 @@ pub fn is_guarding() -> bool {
     }
 }
 
-/// What the standby confirmed of the flow in a slot, as the agent wrote it last.
+/// What the standby confirmed of the flow in a slot: to the agent, and to the programs.
 #[inline(always)]
 pub fn confirmation(slot: u32) -> Option<Confirmation> {
     let confirmation = CONFIRMED.get_ptr(slot)?;
     // SAFETY: the pointer is to an element of the array, one word that the agent may be writing:
     // volatile, so that it is read once.
-    Some(unsafe { core::ptr::read_volatile(confirmation) })
+    let told = unsafe { core::ptr::read_volatile(confirmation) };
+    let prompted = PROMPTED.get_ptr(slot)?;
+    // SAFETY: as above; the programs write it on other CPUs, too.
+    Some(told.with(unsafe { core::ptr::read_volatile(&raw const (*prompted).confirmation) }))
+}
+
+/// Notes what the programs were told of the flow in a slot; `false` if it is for the agent to hear.
+#[inline(always)]
+pub fn note_prompted(slot: u32, record: &PromptRecord) -> bool {
+    let Some(prompted) = PROMPTED.get_ptr_mut(slot) else {
+        return false;
+    };
+    // SAFETY: the pointer is to an element of the array: integers only, each written as a whole.
+    let (client_isn, mut known) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*prompted).client_isn),
+            core::ptr::read_volatile(&raw const (*prompted).confirmation),
+        )
+    };
+    if client_isn != record.client_isn {
+        return false;
+    }
+    // Another CPU may note another datagram's.
+    for _ in 0..4 {
+        let all = known.with(record.confirmation);
+        if known == Confirmation::default() || all.is_open() {
+            return false;
+        }
+        // SAFETY: as above.
+        let found = Confirmation::from_word(unsafe {
+            atomic::compare_exchange(
+                (&raw mut (*prompted).confirmation).cast(),
+                known.word(),
+                all.word(),
+            )
+        });
+        if found == known {
+            return true;
+        }
+        known = found;
+    }
+    false
+}
+
+/// From whom prompt datagrams are taken, as the agent wrote it last.
+#[inline(always)]
+pub fn prompt_peer() -> Option<*const PromptPeer> {
+    PROMPT.get_ptr(0)
+}
+
+/// Which of its datagrams came already.
+#[inline(always)]
+pub fn prompt_seen(key: u32) -> Option<*mut PromptSeen> {
+    PROMPT_SEEN.get_ptr_mut(key)
+}
+
+/// Room for a datagram, this CPU's.
+#[inline(always)]
+pub fn prompt_words() -> Option<*mut Words> {
+    const _: () = assert!(size_of::<Words>() == MAX_LEN);
+    PROMPT_WORDS.get_ptr_mut(0)
+}
+
+/// How segments of the flow in a slot leave.
+#[inline(always)]
+pub fn hop(slot: u32) -> Option<*mut Hop> {
+    HOPS.get_ptr_mut(slot)
+}
+
+/// Index of the VIP's interface.
+#[inline(always)]
+pub fn ifindex() -> u32 {
+    IFINDEX.load()
 }
 
 /// What is known of a flow, if the standby knows it.

@@ -8,7 +8,7 @@
 //!                                                └──► the standby's rfsis_xdp ──► its frame ring
 //! ```
 //!
-//! The program on ingress also notices the SYNs of new connections, for the ACK gate, whatever the tap.
+//! The program on ingress also notices the SYNs of new connections, for the gate and the ACK gate, whatever the tap.
 //!
 //! A copy differs from its original in the hardware addresses: to the standby's tap, from the interface
 //! that it leaves by, so that switches learn nothing wrong. That of a SYN-ACK which the ACK gate holds also
@@ -17,28 +17,32 @@
 //! checksums as it does for any frame.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{TC_ACT_SHOT, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::generated::bpf_ktime_get_ns,
     macros::classifier,
     programs::TcContext,
 };
 use aya_log_ebpf::warn;
+use rfsis_common::ack_gate::is_opening;
 use rfsis_common::frame::{Classified, TcpPart, classify};
 use rfsis_common::maps::{Direction, MirrorPeer, OBSERVED};
 use rfsis_common::mirror::{MirrorAction, MirrorEgress, MirrorVerdict, mirror_decide};
 
-use crate::ack_gate;
 use crate::maps::{
-    SERVICE_PORTS, count_mirror, has_ack_gate, mirror_egress, mirror_ifindex, mirror_peer,
-    mirror_source, node_state, sent_next, vip, worth_logging,
+    APPROVED_FLOWS, SERVICE_PORTS, count_mirror, has_ack_gate, mirror_egress, mirror_ifindex,
+    mirror_peer, mirror_source, node_state, sent_next, vip, worth_logging,
 };
 use crate::skb::{SkbFrame, is_for_this_host, is_tagged};
+use crate::{ack_gate, prompt};
 
 /// Filter on clsact ingress behind XDP, with tap `mirror` or an ACK gate. It sees what XDP has passed,
 /// before anybody else.
 #[classifier]
 pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     let frame = classify(&SkbFrame(&ctx), vip());
+    if prompt::take(&ctx, &frame) {
+        return TC_ACT_STOLEN;
+    }
     // SAFETY: the helper takes nothing and cannot fail.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     if process(&ctx, &frame, now_ns) {
@@ -55,9 +59,20 @@ pub fn process(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
         return true;
     }
     if !is_tagged(ctx) {
+        forget_approval(frame);
         ack_gate::notice(ctx, frame, now_ns);
     }
     offer(ctx, frame, now_ns)
+}
+
+/// A new connection does not inherit what was approved of an older one of its ports: if the agent is dead, the
+/// kernel would refuse it, and the refusal pass.
+#[inline(always)]
+fn forget_approval(frame: &Classified) {
+    if let Some(tcp) = frame.tcp().filter(|tcp| is_opening(tcp)) {
+        // Fails where there is none, which is the usual case.
+        let _ = APPROVED_FLOWS.remove(tcp.flow);
+    }
 }
 
 /// Copies a frame to the standby if it is to have one. `false` where the frame could not be put back
@@ -75,7 +90,7 @@ pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
             None
         }
     };
-    let egress = match frame.tcp() {
+    let egress = || match frame.tcp() {
         Some(tcp) if is_observed(tcp.flow.service_port) => MirrorEgress::Full,
         // The standby must know which flows it does not protect.
         Some(tcp) if has_ack_gate() && sent_next(tcp.flow).is_none() => MirrorEgress::Full,

@@ -14,6 +14,12 @@ impl Frame for SkbFrame<'_> {
     }
 
     #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let words = self.0.load::<[u32; N]>(offset).ok()?;
+        Some(words.map(u32::from_be))
+    }
+
+    #[inline(always)]
     fn frame_len(&self) -> usize {
         self.0.len() as usize
     }

@@ -17,16 +17,39 @@ use crate::maps::vip;
 
 struct XdpFrame<'a>(&'a XdpContext);
 
+impl XdpFrame<'_> {
+    /// What stands at `offset`, if the frame does not end before its end.
+    ///
+    /// # Safety
+    /// Any bytes make a valid `T`.
+    #[inline(always)]
+    unsafe fn read<T>(&self, offset: usize) -> Option<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: `value` has room for a `T`; the helper fails where the frame ends before that is full, and has
+        // filled it otherwise.
+        unsafe {
+            self.copy(
+                offset as u32,
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+            )
+            .then(|| value.assume_init())
+        }
+    }
+}
+
 impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: `bytes` has room for N; the helper fails where the frame ends before `offset + N`
-        // and has filled all of it otherwise.
-        unsafe {
-            self.copy(offset as u32, bytes.as_mut_ptr().cast(), N as u32)
-                .then(|| bytes.assume_init())
-        }
+        // SAFETY: bytes are valid whatever they are.
+        unsafe { self.read(offset) }
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        // SAFETY: integers are valid whatever they are.
+        let words = unsafe { self.read::<[u32; N]>(offset) };
+        words.map(|words| words.map(u32::from_be))
     }
 
     #[inline(always)]
