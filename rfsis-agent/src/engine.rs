@@ -368,6 +368,7 @@ impl Engine {
                     }
                     Ok(Command::GoStandby) => {
                         self.flows.go_standby(&mut self.effects);
+                        self.effects.warmer.forget();
                         self.datagrams.go_standby();
                         if let Some(link) = &mut self.link {
                             link.go_standby();
@@ -479,7 +480,7 @@ impl Engine {
         while self.take_frames(BATCH, at) {}
         self.take_lost();
         if let (Some(link), Some(heard_at)) = (&self.link, self.shared.peer_heard_at())
-            && link.was_deaf(heard_at)
+            && link.exchange.was_deaf(heard_at)
         {
             self.flows.expose();
         }
@@ -495,7 +496,7 @@ impl Engine {
         self.datagrams
             .go_live(sys::monotonic(), |packet| self.effects.send(packet));
         if let Some(link) = &mut self.link {
-            link.go_active(sys::monotonic());
+            link.go_active(&self.shared, sys::monotonic());
         }
         for syn in unanswered {
             if let Some(link) = &mut self.link {
@@ -531,7 +532,7 @@ impl Engine {
     /// Counts the flows and shows the count; returns how long that took, ns.
     fn count(&mut self, started: Nanos) -> Nanos {
         let mut census = self.flows.census();
-        let guard = self.link.as_ref().map(|link| &link.guard);
+        let guard = self.link.as_ref().map(|link| &link.exchange.guard);
         census.unprotected += self
             .effects
             .open
@@ -558,7 +559,7 @@ impl Engine {
         metrics
             .flows_refused
             .inc_by(refused.saturating_sub(metrics.flows_refused.get()));
-        if let Some(link) = &self.link {
+        if let Some(link) = &mut self.link {
             link.count();
         }
         sys::monotonic().saturating_sub(started)

@@ -18,23 +18,28 @@
 //! A release may race with the gate: it reads the confirmation, and holds an ACK just after this module
 //! has looked. So each flow is looked at once more, [`RECHECK`] later.
 
+mod half_open;
 mod late;
+mod opening;
+mod time;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
-use rfsis_common::ack_gate::{
-    Confirmation, Guarded, OpeningKind, Release, Sent, release, sent_flags,
-};
+use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release};
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey};
+use rfsis_common::prompt::Prompted;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
+use self::half_open::Handshakes;
+use crate::collections::HashMap;
+use crate::fault::faulty;
 use crate::heartbeat::Nanos;
 use crate::join::{Ended, Joins};
-use crate::lockstep::{before, later};
-use crate::segment::{self, Options, Segment};
+use crate::lockstep::before;
+use crate::segment::{self, Options};
 use crate::sync::{Confirm, Open, Record, Sack};
 use crate::wire::{bare_repr, emit_packet};
 
@@ -48,34 +53,12 @@ const RECHECK: Nanos = MS;
 /// doing so, and find the older confirmation. Its client would wait, with a millisecond's worth of window.
 const RECHECK_SOON: Nanos = MS / 10;
 
-/// An OPEN is repeated after this, and then ever more rarely up to the second, ns.
-const REPEAT: Nanos = 2 * MS;
-const REPEAT_MOST: Nanos = 64 * MS;
-
-/// A standby that answers, but does not confirm a flow for so long, has no use for it, ns.
-const OPENING_PATIENCE: Nanos = SECOND;
-
-/// SYNs remembered until they are answered; at the bound the oldest is forgotten.
-const MAX_SYNS: usize = 16_384;
-
-/// A flow is forgotten so long after the kernel sent an RST, or its FIN, ns. What the client still says
-/// is between it and the kernel. One that is not guarded has nothing to be confirmed behind its FIN, and
-/// would count as at risk.
-const RESET_LINGER: Nanos = 2 * SECOND;
-const FIN_LINGER: Nanos = 60 * SECOND;
-
 /// So many flows are looked at in each of these times, ns, whether they have ended: a look is two system
-/// calls, and clients wait meanwhile.
+/// calls, and clients wait meanwhile. When all have been and nobody confirms, there is a longer pause: a thread that
+/// wakes is felt by whoever transfers. Else it must wake for openings that the standby does not answer, too.
 const SWEEP_AT_ONCE: usize = 128;
 const SWEEP_PAUSE: Nanos = 20 * MS;
-
-/// Flows that are asked for at once.
-const ASK_AT_ONCE: usize = 256;
-const TELL_AT_ONCE: usize = 16;
-
-/// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
-/// handshake may never have been completed, and the standby's word of that may be lost, ns.
-const QUIET: Nanos = 200 * SECOND;
+const SWEPT_PAUSE: Nanos = 200 * MS;
 
 /// Bounds and surroundings.
 #[derive(Clone, Copy, Debug)]
@@ -104,10 +87,18 @@ pub trait GuardEffects {
     fn withdraw(&mut self, flow: FlowKey);
     /// Writes what the standby holds.
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool;
+    /// Lets the gate take confirmations of a flow by itself from now on, or no longer, by a value of zeros.
+    fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool;
+    /// What the gate has taken by itself, and was confirmed before; says nothing where it takes nothing.
+    fn prompted(&mut self, slot: u32) -> Confirmation;
+    /// When it has last done so, of whichever flow, ns.
+    fn prompted_at(&mut self) -> Nanos;
     /// Reads what was sent; `None` while it is being written.
     fn sent(&mut self, slot: u32) -> Option<Sent>;
     /// Sends an IPv4 packet past the ACK gate.
     fn send(&mut self, packet: &[u8]);
+    /// Whether a service has this connection: its client has completed the handshake.
+    fn runs(&mut self, flow: FlowKey) -> bool;
     /// Asks for a snapshot of a running connection, for [`Guard::process_snapshot`].
     fn take_snapshot(&mut self, flow: FlowKey, join: u32);
 }
@@ -208,6 +199,28 @@ impl Flow {
         }
     }
 
+    /// Every byte of which its client is told is confirmed: what more is, the gate takes by itself.
+    fn protect(&mut self, fx: &mut impl GuardEffects) {
+        self.phase = Phase::Guarded;
+        self.closed_in_vain = 0;
+        fx.delegate(self.slot, Prompted::new(self.client_isn, self.confirmation));
+    }
+
+    /// Learns what the gate has taken by itself.
+    fn catch_up(&mut self, fx: &mut impl GuardEffects) {
+        if matches!(self.phase, Phase::Guarded) {
+            self.confirmation = self.confirmation.with(fx.prompted(self.slot));
+        }
+    }
+
+    /// The gate passes all of it.
+    fn expose(&mut self, fx: &mut impl GuardEffects) {
+        fx.confirm(self.slot, Confirmation::OPEN);
+        self.catch_up(fx);
+        fx.delegate(self.slot, Prompted::default());
+        self.phase = Phase::Exposed;
+    }
+
     fn guarded(&self) -> Guarded {
         Guarded {
             slot: self.slot,
@@ -237,6 +250,8 @@ pub struct Guard {
     /// Slots that no flow has, longest free first: a segment on its way through the gate may still write
     /// to one that was just freed.
     free: VecDeque<u32>,
+    /// Handshakes, oldest first; some are completed.
+    handshakes: Handshakes,
     /// Openings to be repeated.
     repeats: BTreeSet<(Nanos, FlowKey)>,
     rechecks: BTreeSet<(Nanos, FlowKey)>,
@@ -264,10 +279,11 @@ impl Guard {
             to_sweep: Vec::new(),
             ping: false,
             pinged_at: 0,
-            syns: HashMap::new(),
+            syns: HashMap::default(),
             syn_order: VecDeque::new(),
-            flows: HashMap::new(),
+            flows: HashMap::default(),
             free: (0..config.max_flows as u32).collect(),
+            handshakes: Handshakes::default(),
             repeats: BTreeSet::new(),
             rechecks: BTreeSet::new(),
             closings: VecDeque::new(),
@@ -306,8 +322,11 @@ impl Guard {
         self.guarding
     }
 
-    /// The standby's agent is another one than before: what the old one held is lost.
+    /// The standby's agent is another one than before, or has been active: what it held is lost.
     pub fn peer_changed(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if faulty!(ForgetRestart) {
+            return;
+        }
         self.heard_at = None;
         self.set_guarding(false, fx);
         self.expose_all(now, fx);
@@ -348,164 +367,6 @@ impl Guard {
             self.guarding = on;
             fx.set_guarding(on);
         }
-    }
-
-    // ---- openings ------------------------------------------------------------------------------
-
-    /// The gate reports the headers of a SYN that came in, or of a SYN-ACK.
-    pub fn process_opening(
-        &mut self,
-        packet: &[u8],
-        kind: OpeningKind,
-        now: Nanos,
-        fx: &mut impl GuardEffects,
-    ) {
-        if !self.active {
-            return;
-        }
-        let direction = match kind {
-            OpeningKind::Syn => Direction::ToVip,
-            OpeningKind::Held | OpeningKind::Passed => Direction::FromVip,
-        };
-        let Ok((flow, segment)) = segment::parse_headers(packet, direction) else {
-            return;
-        };
-        match kind {
-            OpeningKind::Syn => self.process_syn(flow, &segment),
-            OpeningKind::Passed => self.process_passed(flow, &segment, now, fx),
-            OpeningKind::Held => {
-                let mut packet = packet.to_vec();
-                segment::complete_checksum(&mut packet);
-                self.process_syn_ack(flow, &segment, packet, now, fx);
-            }
-        }
-    }
-
-    fn process_syn(&mut self, flow: FlowKey, segment: &Segment<'_>) {
-        let syn = Syn {
-            isn: segment.seq,
-            window: segment.window,
-            options: segment.options,
-        };
-        let known = self.syns.insert(flow, syn).map(|syn| syn.isn);
-        if known != Some(segment.seq) {
-            self.syn_order.push_back((flow, segment.seq));
-        }
-        while self.syn_order.len() > MAX_SYNS {
-            if let Some((oldest, isn)) = self.syn_order.pop_front()
-                && self.syns.get(&oldest).is_some_and(|syn| syn.isn == isn)
-            {
-                self.syns.remove(&oldest);
-            }
-        }
-    }
-
-    fn process_syn_ack(
-        &mut self,
-        flow: FlowKey,
-        segment: &Segment<'_>,
-        packet: Vec<u8>,
-        now: Nanos,
-        fx: &mut impl GuardEffects,
-    ) {
-        if !self.guarding {
-            // The gate was opened just after it had held this.
-            self.process_passed(flow, segment, now, fx);
-            fx.send(&packet);
-            return;
-        }
-        // Without its SYN the client's options are not known: the client repeats it.
-        let Some(open) = self.open_of(flow, segment) else {
-            return;
-        };
-        if let Some(known) = self.flows.get_mut(&flow)
-            && known.client_isn == open.client_isn
-            && known.active_isn == open.active_isn
-        {
-            // The kernel repeats it; its timestamp is newer.
-            if let Phase::Opening { answer, .. } = &mut known.phase {
-                *answer = packet;
-            }
-            return;
-        }
-        self.forget(flow, fx);
-        let Some(slot) = self.free.pop_front() else {
-            self.refused += 1;
-            fx.send(&packet);
-            return;
-        };
-        let phase = Phase::Opening {
-            open: Box::new(open),
-            answer: packet,
-            since: now,
-            pause: REPEAT,
-        };
-        self.flows.insert(flow, Flow::new(slot, &open, phase, now));
-        if !self.config.copied {
-            self.records.push(Record::Open(open));
-        }
-        self.repeats.insert((now + REPEAT, flow));
-    }
-
-    /// What both sides of a handshake have said, if the SYN that is answered was seen.
-    fn open_of(&self, flow: FlowKey, answer: &Segment<'_>) -> Option<Open> {
-        let syn = self.syns.get(&flow)?;
-        (answer.ack == Some(syn.isn.wrapping_add(1))).then_some(Open {
-            flow,
-            client_isn: syn.isn,
-            active_isn: answer.seq,
-            client_window: syn.window,
-            client: syn.options,
-            active: answer.options,
-        })
-    }
-
-    /// A SYN-ACK left while the gate was open. The flow is noted from its first byte on, so that it can be
-    /// guarded once the standby has caught up with what its client was told.
-    fn process_passed(
-        &mut self,
-        flow: FlowKey,
-        segment: &Segment<'_>,
-        now: Nanos,
-        fx: &mut impl GuardEffects,
-    ) {
-        let Some(open) = self.open_of(flow, segment) else {
-            return;
-        };
-        self.syns.remove(&flow);
-        let sent = Sent::new(open.client_isn, open.active_isn, segment.window).at(now);
-        if self.note_exposed(&open, sent, now, fx)
-            && let Some(flow) = self.flows.get_mut(&flow)
-        {
-            flow.spoke_unseen = true;
-        }
-    }
-
-    /// Notes a flow that the kernel has, and the standby not. Returns whether there was room.
-    fn note_exposed(
-        &mut self,
-        open: &Open,
-        sent: Sent,
-        now: Nanos,
-        fx: &mut impl GuardEffects,
-    ) -> bool {
-        let key = open.flow;
-        self.forget(key, fx);
-        let Some(slot) = self.free.pop_front() else {
-            self.refused += 1;
-            return false;
-        };
-        let flow = Flow::new(slot, open, Phase::Exposed, now);
-        let guarded = flow.guarded();
-        self.flows.insert(key, flow);
-        let ready = fx.start(slot, sent)
-            && fx.confirm(slot, Confirmation::OPEN)
-            && fx.publish(key, guarded);
-        if !ready {
-            self.refused += 1;
-            self.forget(key, fx);
-        }
-        ready
     }
 
     // ---- what the standby says -----------------------------------------------------------------
@@ -574,7 +435,7 @@ impl Guard {
             && fx.publish(open.flow, flow.guarded());
         fx.send(answer);
         flow.confirmation = promised;
-        flow.phase = Phase::Guarded;
+        flow.protect(fx);
         self.syns.remove(&open.flow);
         if !ready {
             self.refused += 1;
@@ -583,8 +444,13 @@ impl Guard {
     }
 
     /// Let go, or forgotten: the standby must not take it for guarded.
+    ///
+    /// A node that is not active has nothing to say of it: its agent was perhaps started anew, and the standby
+    /// is about to take over what the old one guarded.
     fn disown(&mut self, flow: FlowKey, client_isn: u32) {
-        self.records.push(Record::Close { flow, client_isn });
+        if self.active {
+            self.records.push(Record::Close { flow, client_isn });
+        }
     }
 
     fn process_confirm(&mut self, confirm: &Confirm, now: Nanos, fx: &mut impl GuardEffects) {
@@ -593,31 +459,27 @@ impl Guard {
             self.disown(confirm.flow, confirm.client_isn);
             return;
         };
-        // The client cannot have said more: a word of an older connection.
-        if matches!(flow.phase, Phase::Opening { .. }) {
+        // The client cannot have said more: a word of an older connection. Or of a shadow that an offer has ended.
+        if matches!(flow.phase, Phase::Opening { .. }) || self.joins.is_empty_handed(&confirm.flow)
+        {
             return;
         }
         flow.known_at = now;
+        flow.catch_up(fx);
         let fresh = Confirmation::new(confirm.ack, confirm.edge);
-        // Of a flow that was exposed from its start nothing is known yet.
-        let first = flow.confirmation == Confirmation::default();
-        let known = if first { fresh } else { flow.confirmation };
-        let merged = Confirmation::new(
-            later(known.ack(), fresh.ack()),
-            later(known.edge(), fresh.edge()),
-        );
+        let known = flow.confirmation;
+        let merged = known.with(fresh);
         flow.confirmation = merged;
         if matches!(flow.phase, Phase::Exposed) {
             self.protect_again(confirm.flow, now, fx);
             return;
         }
-        if merged != known || first {
+        if merged != known {
             fx.confirm(flow.slot, merged);
         }
         let caught_up = Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
         if matches!(flow.phase, Phase::Closing { .. }) && flow.is_all_confirmed(fx) {
-            flow.phase = Phase::Guarded;
-            flow.closed_in_vain = 0;
+            flow.protect(fx);
         }
         let soon = now + RECHECK_SOON;
         let at = if caught_up {
@@ -647,9 +509,14 @@ impl Guard {
         };
         let caught_up = !before(sent.ack, flow.confirmation.ack());
         let due = release(&sent, flow.confirmation, flow.shift.into());
-        // The standby lacks what the kernel has, or knows better than the kernel may say what is held.
-        let hole = !sack.blocks().is_empty()
-            && (flow.sack_permitted || before(flow.confirmation.ack(), sent.ack));
+        let behind = before(flow.confirmation.ack(), sent.ack);
+        let is_held = |(_, end): &(u32, u32)| !before(flow.confirmation.ack(), *end);
+        // The standby lacks what the kernel has, or knows better than the kernel may say what is held. Or the client
+        // repeats what it was told of: the word was lost, and what the kernel answers is ahead and held.
+        let hole = sack
+            .blocks()
+            .iter()
+            .any(|block| behind || (flow.sack_permitted && !is_held(block)));
         let due = match due {
             Some(due) => due,
             None if hole => Release::again(&sent, flow.shift.into()),
@@ -664,140 +531,7 @@ impl Guard {
         caught_up
     }
 
-    // ---- time ----------------------------------------------------------------------------------
-
-    /// When [`Guard::poll`] is due, ns.
-    pub fn next_wakeup(&self) -> Nanos {
-        if !self.active {
-            return Nanos::MAX;
-        }
-        let repeat = self.repeats.first().map_or(Nanos::MAX, |(at, _)| *at);
-        let recheck = self.rechecks.first().map_or(Nanos::MAX, |(at, _)| *at);
-        let late = self.late_wakeup();
-        let regular = self.next_tick.min(self.next_sweep);
-        regular.min(repeat).min(recheck).min(late)
-    }
-
-    /// Time has passed.
-    pub fn poll(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
-        if !self.active {
-            return;
-        }
-        if now >= self.next_tick {
-            // A ping or its answer may be lost: until one comes back they follow each other closely.
-            let answered = self.heard_at.is_some_and(|at| at >= self.pinged_at);
-            let share = if answered { 4 } else { 16 };
-            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
-            self.ping = true;
-            if answered || self.pinged_at == 0 {
-                self.pinged_at = now;
-            }
-            self.ask(fx);
-        }
-        let silent = self
-            .heard_at
-            .is_none_or(|at| now >= at.saturating_add(self.config.timeout));
-        if silent && self.guarding {
-            self.degrade(now, fx);
-        }
-        while let Some(&(at, key)) = self.rechecks.first()
-            && at <= now
-        {
-            self.rechecks.remove(&(at, key));
-            self.recheck(key, fx);
-        }
-        while let Some(&(at, key)) = self.repeats.first()
-            && at <= now
-        {
-            self.repeats.remove(&(at, key));
-            self.repeat(key, now, fx);
-        }
-        self.poll_late(now, fx);
-        if now >= self.next_sweep {
-            self.next_sweep = now + SWEEP_PAUSE;
-            self.sweep(now, fx);
-        }
-    }
-
-    fn recheck(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
-        let Some(flow) = self.flows.get_mut(&key) else {
-            return;
-        };
-        flow.recheck = None;
-        if !matches!(flow.phase, Phase::Guarded) {
-            return;
-        }
-        let exposed = fx
-            .sent(flow.slot)
-            .is_some_and(|sent| before(flow.confirmation.ack(), sent.told));
-        if exposed {
-            // It was told more while it was exposed, just before it was guarded again.
-            fx.confirm(flow.slot, Confirmation::OPEN);
-            flow.phase = Phase::Exposed;
-            self.to_ask.push(key);
-            return;
-        }
-        Self::release(self.config.vip, key, flow, &Sack::default(), fx);
-    }
-
-    fn repeat(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
-        let Some(Flow {
-            phase: Phase::Opening {
-                open, since, pause, ..
-            },
-            ..
-        }) = self.flows.get_mut(&key)
-        else {
-            return;
-        };
-        if now.saturating_sub(*since) > OPENING_PATIENCE {
-            self.refused += 1;
-            let client_isn = open.client_isn;
-            self.records.push(Record::Close {
-                flow: key,
-                client_isn,
-            });
-            self.let_go(key, fx);
-            self.forget(key, fx);
-            return;
-        }
-        *pause = (*pause * 2).min(REPEAT_MOST);
-        self.repeats.insert((now + *pause, key));
-        self.records.push(Record::Open(**open));
-    }
-
-    /// Tells the standby what the clients of exposed flows were told, which asks it what it holds. While it
-    /// is silent only now and then: perhaps it hears and is not heard.
-    fn ask(&mut self, fx: &mut impl GuardEffects) {
-        if self.to_ask.is_empty() {
-            let exposed = self.flows.iter();
-            self.to_ask.extend(
-                exposed
-                    .filter(|(_, flow)| matches!(flow.phase, Phase::Exposed))
-                    .map(|(key, _)| *key)
-                    .filter(|key| !self.joins.concerns(key)),
-            );
-        }
-        let most = if self.guarding {
-            ASK_AT_ONCE
-        } else {
-            TELL_AT_ONCE
-        };
-        let rest = self.to_ask.len().saturating_sub(most);
-        for key in self.to_ask.split_off(rest) {
-            if let Some(flow) = self.flows.get(&key)
-                && matches!(flow.phase, Phase::Exposed)
-                && !self.joins.concerns(&key)
-                && let Some(sent) = fx.sent(flow.slot)
-            {
-                self.records.push(Record::Told {
-                    flow: key,
-                    client_isn: flow.client_isn,
-                    ack: sent.told,
-                });
-            }
-        }
-    }
+    // ---- exposure ------------------------------------------------------------------------------
 
     /// Nobody confirms: the clients must not wait for it.
     fn degrade(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
@@ -826,32 +560,8 @@ impl Guard {
     /// Opens the gate for one flow, which has been opened before.
     fn expose(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
         if let Some(flow) = self.flows.get_mut(&key) {
-            flow.phase = Phase::Exposed;
-            fx.confirm(flow.slot, Confirmation::OPEN);
+            flow.expose(fx);
             self.tell_all(key, fx);
-        }
-    }
-
-    /// Lets out the SYN-ACK of an opening: the flow goes on as one that was opened while the gate was open.
-    fn open_exposed(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
-        let Some(flow) = self.flows.get_mut(&key) else {
-            return;
-        };
-        let phase = std::mem::replace(&mut flow.phase, Phase::Exposed);
-        let Phase::Opening { open, answer, .. } = phase else {
-            return;
-        };
-        // The gate is open already: the kernel may have sent its SYN-ACK once more.
-        flow.spoke_unseen = true;
-        let sent = Sent::new(open.client_isn, open.active_isn, window_of(&answer)).at(now);
-        let ready = fx.start(flow.slot, sent)
-            && fx.confirm(flow.slot, Confirmation::OPEN)
-            && fx.publish(key, flow.guarded());
-        fx.send(&answer);
-        self.syns.remove(&key);
-        if !ready {
-            self.refused += 1;
-            self.forget(key, fx);
         }
     }
 
@@ -879,50 +589,6 @@ impl Guard {
         }
     }
 
-    fn sweep(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
-        if self.to_sweep.is_empty() {
-            self.to_sweep.extend(self.flows.keys());
-        }
-        let rest = self.to_sweep.len().saturating_sub(SWEEP_AT_ONCE);
-        let mut ended = Vec::new();
-        for key in self.to_sweep.split_off(rest) {
-            let Some(flow) = self.flows.get_mut(&key) else {
-                continue;
-            };
-            if matches!(flow.phase, Phase::Opening { .. }) {
-                continue;
-            }
-            let Some(sent) = fx.sent(flow.slot) else {
-                continue;
-            };
-            let quiet = now.saturating_sub(sent.at_ns);
-            // Of one that is not guarded there is nothing that the standby could still confirm.
-            let guarded = matches!(flow.phase, Phase::Guarded);
-            let fin_linger = if guarded { FIN_LINGER } else { RESET_LINGER };
-            if (sent.flags & sent_flags::RST_SENT != 0 && quiet > RESET_LINGER)
-                || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > fin_linger)
-                || quiet > self.config.idle_timeout
-            {
-                ended.push((key, flow.client_isn));
-            } else if quiet > QUIET
-                && now.saturating_sub(flow.known_at) > QUIET
-                && self.guarding
-                && !self.joins.concerns(&key)
-            {
-                flow.known_at = now;
-                self.records.push(Record::Told {
-                    flow: key,
-                    client_isn: flow.client_isn,
-                    ack: sent.told,
-                });
-            }
-        }
-        for (flow, client_isn) in ended {
-            self.records.push(Record::Close { flow, client_isn });
-            self.forget(flow, fx);
-        }
-    }
-
     fn forget(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
         if let Some(flow) = self.flows.remove(&key) {
             if !matches!(flow.phase, Phase::Opening { .. }) {
@@ -937,6 +603,7 @@ impl Guard {
         for key in self.flows.keys().copied().collect::<Vec<_>>() {
             self.forget(key, fx);
         }
+        self.handshakes.clear();
         self.syns.clear();
         self.syn_order.clear();
         self.repeats.clear();

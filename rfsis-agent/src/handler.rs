@@ -169,7 +169,7 @@ impl HandlerKind {
             HandlerKind::Echo => Box::new(Echo),
             HandlerKind::Discard => Box::new(Discard),
             HandlerKind::Chargen => Box::new(Chargen { position: 0 }),
-            HandlerKind::Daytime => Box::new(Daytime::new(std::time::SystemTime::now())),
+            HandlerKind::Daytime => Box::new(Daytime::new(crate::wall::now())),
         }
     }
 
@@ -236,7 +236,7 @@ impl HandlerKind {
                 chargen_fill(0, &mut line);
                 Some(line)
             }
-            HandlerKind::Daytime => Some(daytime(std::time::SystemTime::now()).into_bytes()),
+            HandlerKind::Daytime => Some(daytime(crate::wall::now()).into_bytes()),
         }
     }
 }

@@ -20,10 +20,11 @@
 //! two. What is under way is bounded in flows and in bytes, and so is what begins in a millisecond: live
 //! traffic goes before.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use rfsis_common::maps::FlowKey;
 
+use crate::collections::HashMap;
 use crate::heartbeat::Nanos;
 use crate::metrics::JoinResult;
 use crate::sync::{MAX_PART_LEN, MAX_SNAPSHOT, Part, Record};
@@ -147,6 +148,18 @@ impl Joins {
     /// Whether the flow is to be handed over, or could not be.
     pub fn concerns(&self, flow: &FlowKey) -> bool {
         self.joins.contains_key(flow)
+    }
+
+    /// Whether the standby was offered the flow: what it has of it, it is about to let go.
+    pub fn is_under_way(&self, flow: &FlowKey) -> bool {
+        let join = self.joins.get(flow);
+        join.is_some_and(|join| join.phase.is_under_way())
+    }
+
+    /// Whether the standby has let go what it had of the flow, and the snapshot is still to be taken.
+    pub fn is_empty_handed(&self, flow: &FlowKey) -> bool {
+        let phase = self.joins.get(flow).map(|join| &join.phase);
+        matches!(phase, Some(Phase::Asked))
     }
 
     /// The flow is no more.

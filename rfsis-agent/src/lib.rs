@@ -3,7 +3,7 @@
 //! **Core**, sans-IO, `(event, now) → actions`: [`node`] (who speaks for the VIP), [`heartbeat`]
 //! (codec, authentication, replay), [`shadow`] (one flow in lockstep), [`flows`] (all of them),
 //! [`guard`] (which of them the ACK gate guards), [`join`] (handing those over that the standby does not
-//! know), [`sync`] (what the nodes tell each other about them),
+//! know), [`sync`] (what the nodes tell each other about them), [`exchange`] (who of both is told),
 //! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
 //! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
@@ -18,10 +18,13 @@ pub mod announce;
 pub mod auth;
 pub mod bpf;
 pub mod cli;
+pub mod collections;
 pub mod config;
 pub mod control;
 pub mod datagrams;
 pub mod engine;
+pub mod exchange;
+mod fault;
 pub mod flows;
 pub mod guard;
 pub mod handler;
@@ -41,6 +44,8 @@ pub mod segment;
 pub mod services;
 pub mod shadow;
 pub mod shared;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 pub mod sockets;
 pub mod switchover;
 pub mod sync;
@@ -48,5 +53,6 @@ pub mod sys;
 pub mod tail;
 pub mod tap;
 pub mod tcp_repair;
+pub mod wall;
 pub mod warm;
 pub mod wire;

@@ -1,5 +1,5 @@
-//! The edge of `protect: sync`: the UDP socket of the sync channel, the gate's maps, and between them the
-//! two sans-IO halves, [`Guard`] on the active and [`Flows`] on the standby. Part of the shadow thread.
+//! The edge of `protect: sync`: the UDP socket of the sync channel and the gate's maps, for the sans-IO
+//! [`Exchange`]. Part of the shadow thread.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,16 +11,18 @@ use rfsis_common::ack_gate::{
     Confirmation, Guarded, OpeningEvent, OpeningKind, RELEASE_MARK, Sent,
 };
 use rfsis_common::maps::FlowKey;
+use rfsis_common::prompt::{self, Prompted};
 
 use crate::adopt::Numbers;
 use crate::bpf::GuardMaps;
+use crate::exchange::Exchange;
 use crate::flows::{Effects, Flows};
-use crate::guard::{Fact, Guard, GuardEffects};
+use crate::guard::{Fact, GuardEffects};
 use crate::heartbeat::Nanos;
 use crate::metrics::{GuardCondition, JoinResult, Metrics, Protection, SyncReceived, SyncSent};
 use crate::services::{Connections, Snapshots};
 use crate::shared::Shared;
-use crate::sync::{Channel, MAX_DATAGRAM, Record};
+use crate::sync::MAX_DATAGRAM;
 use crate::sys::RawIpSocket;
 
 /// Datagrams that are taken before frames are looked at again.
@@ -36,6 +38,7 @@ const OPENINGS_BATCH: usize = 8192;
 pub fn bind(node: Ipv4Addr, port: u16) -> std::io::Result<UdpSocket> {
     let socket = UdpSocket::bind(SocketAddrV4::new(node, port))?;
     socket.set_nonblocking(true)?;
+    crate::sys::omit_checksums(&socket)?;
     Ok(socket)
 }
 
@@ -60,6 +63,10 @@ pub struct KernelGuard {
     pub connections: Arc<Connections>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Element of the gate's map in which it notes the peer's prompt datagrams.
+    pub prompts: u32,
+    /// How many of these are counted.
+    pub prompts_counted: u64,
 }
 
 impl KernelGuard {
@@ -68,6 +75,16 @@ impl KernelGuard {
             tracing::warn!(%error, "the ACK gate does not hear the agent");
         }
         result.is_ok()
+    }
+}
+
+impl KernelGuard {
+    /// Counts what the gate has taken without this thread.
+    fn count_prompts(&mut self) {
+        let taken = self.maps.prompts_seen(self.prompts).taken;
+        let new = taken.saturating_sub(self.prompts_counted);
+        self.metrics.sync_received.add(SyncReceived::Ok, new);
+        self.prompts_counted = taken;
     }
 }
 
@@ -92,6 +109,18 @@ impl GuardEffects for KernelGuard {
         self.done(self.maps.confirm(slot, confirmation))
     }
 
+    fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool {
+        self.done(self.maps.delegate(slot, prompted))
+    }
+
+    fn prompted(&mut self, slot: u32) -> Confirmation {
+        self.maps.prompted(slot)
+    }
+
+    fn prompted_at(&mut self) -> Nanos {
+        self.maps.prompts_seen(self.prompts).at_ns
+    }
+
     fn sent(&mut self, slot: u32) -> Option<Sent> {
         self.maps.sent(slot)
     }
@@ -103,6 +132,10 @@ impl GuardEffects for KernelGuard {
         }
     }
 
+    fn runs(&mut self, flow: FlowKey) -> bool {
+        self.connections.runs(&flow)
+    }
+
     fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
         self.connections.ask(flow, join);
     }
@@ -110,14 +143,12 @@ impl GuardEffects for KernelGuard {
 
 /// This node's end of the sync channel.
 pub struct Link {
-    /// Makes and judges datagrams.
-    pub channel: Channel,
-    /// Carries them.
+    /// What is said, and why.
+    pub exchange: Exchange,
+    /// Carries it.
     pub socket: UdpSocket,
     /// Where the peer's end is.
     pub peer: SocketAddrV4,
-    /// What the ACK gate guards while this node is active.
-    pub guard: Guard,
     /// The ACK gate.
     pub gate: KernelGuard,
     /// Connections that open.
@@ -126,20 +157,12 @@ pub struct Link {
     pub snapshots: Snapshots,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    /// The peer's session, as last seen.
-    pub peer_session: Option<u64>,
-    /// What is to be said.
-    pub records: Vec<Record>,
-    /// When the active asked last for a sign of life, ns.
-    pub asked_at: Nanos,
-    /// Silence of either node after which the active does not wait for the standby, ns.
-    pub timeout: Nanos,
 }
 
 impl std::fmt::Debug for Link {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Link")
-            .field("guard", &self.guard)
+            .field("exchange", &self.exchange)
             .finish_non_exhaustive()
     }
 }
@@ -156,41 +179,39 @@ impl Link {
 
     /// When [`Link::run`] is due without a datagram or an opening, ns.
     pub fn next_wakeup(&self) -> Nanos {
-        self.guard.next_wakeup()
-    }
-
-    /// Whether the active, last heard by its heartbeat at `heard_at` (ns), was not heard here for so long
-    /// that it may have opened its gate.
-    pub fn was_deaf(&self, heard_at: Nanos) -> bool {
-        heard_at.saturating_sub(self.asked_at) > self.timeout
+        self.exchange.next_wakeup()
     }
 
     /// The node is active now.
-    pub fn go_active(&mut self, now: Nanos) {
-        self.guard.go_active(now);
+    pub fn go_active(&mut self, shared: &Shared, now: Nanos) {
+        self.set_term(shared, now);
+        self.exchange.go_active(now);
         self.metrics.protection.choose(Protection::Degraded);
     }
 
     /// The node is standby again.
     pub fn go_standby(&mut self) {
-        self.guard.go_standby(&mut self.gate);
-        self.records.clear();
+        self.exchange.go_standby(&mut self.gate);
+        // What the gate has reported until now is of connections that are no more: nobody is to hear of it when
+        // the node is active again.
+        while self.take_openings() {}
         self.metrics.protection.choose(Protection::Standby);
     }
 
     /// The kernel is about to answer a SYN that the gate has not seen.
     pub fn note_syn(&mut self, packet: &[u8], now: Nanos) {
-        self.guard
+        self.exchange
+            .guard
             .process_opening(packet, OpeningKind::Syn, now, &mut self.gate);
     }
 
     /// The kernel takes a flow that lived on a shadow.
     pub fn adopt(&mut self, numbers: &Numbers, now: Nanos) {
-        self.guard.adopt(numbers, now, &mut self.gate);
+        self.exchange.guard.adopt(numbers, now, &mut self.gate);
     }
 
-    /// Takes what came in, does what is due, and says what is to be said. After each batch of frames, so
-    /// that one datagram confirms all of them. Returns whether there may be more to take.
+    /// Takes what came in, does what is due, and says what is to be said. Returns whether there may be more
+    /// to take.
     pub fn run(
         &mut self,
         flows: &mut Flows,
@@ -198,18 +219,12 @@ impl Link {
         shared: &Shared,
         now: Nanos,
     ) -> bool {
-        let session = shared.peer_session();
-        if session != self.peer_session {
-            self.peer_session = session;
-            self.channel.set_peer(session);
-            self.guard.peer_changed(now, &mut self.gate);
-        }
+        self.set_term(shared, now);
         let epoch = shared.epoch();
-        let mut answer = false;
-        let mut more = self.take_datagrams(flows, effects, shared, now, &mut answer);
+        let mut more = self.take_datagrams(flows, effects, shared, now);
         more |= self.take_openings();
         while let Some(taken) = self.snapshots.take() {
-            self.guard.process_snapshot(
+            self.exchange.guard.process_snapshot(
                 taken.flow,
                 taken.join,
                 taken.snapshot,
@@ -217,18 +232,25 @@ impl Link {
                 &mut self.gate,
             );
         }
-        if now >= self.guard.next_wakeup() {
-            self.guard.poll(now, &mut self.gate);
+        let (socket, peer, metrics) = (&self.socket, self.peer, &self.metrics);
+        self.exchange
+            .dispatch(epoch, now, flows, &mut self.gate, |datagram| {
+                // Not sent is as good as lost: what matters is repeated.
+                let sent = match socket.send_to(datagram, peer) {
+                    Ok(_) => SyncSent::Ok,
+                    Err(_) => SyncSent::SendFailed,
+                };
+                metrics.sync_sent.inc(sent);
+            });
+        let facts = self.exchange.guard.take_facts();
+        if !facts.is_empty() {
+            // Whoever hears of it may look at once, and must not find what was true before it.
+            self.count();
         }
-        flows.take_confirmations(|record| self.records.push(record));
-        let ping = self.guard.take_records(&mut self.records);
-        if ping || answer || !self.records.is_empty() {
-            self.say(epoch, ping);
-        }
-        for fact in self.guard.take_facts() {
+        for fact in facts {
             self.tell(fact);
         }
-        for ended in self.guard.take_joins() {
+        for ended in self.exchange.guard.take_joins() {
             self.metrics.late_joins.inc(ended.result);
             if ended.result == JoinResult::Joined {
                 let took = Duration::from_nanos(ended.took);
@@ -238,13 +260,21 @@ impl Link {
         more
     }
 
+    fn set_term(&mut self, shared: &Shared, now: Nanos) {
+        let (session, epoch) = (shared.peer_session(), shared.epoch());
+        if let Some(peer) = self.exchange.set_term(session, epoch, now, &mut self.gate) {
+            self.gate.count_prompts();
+            self.gate.done(self.gate.maps.take_prompts(peer));
+            (self.gate.prompts, self.gate.prompts_counted) = (peer.seen, 0);
+        }
+    }
+
     fn take_datagrams(
         &mut self,
         flows: &mut Flows,
         effects: &mut impl Effects,
         shared: &Shared,
         now: Nanos,
-        answer: &mut bool,
     ) -> bool {
         let epoch = shared.epoch();
         // One byte more than any is long, so that a longer one is told from a cut one.
@@ -256,62 +286,47 @@ impl Link {
                 // Also an ICMP error of a peer whose agent is not up: it is read once and gone.
                 Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
             };
-            let opened = match self.channel.open(&buffer[..len], *from.ip(), epoch) {
-                Ok(opened) => opened,
-                Err(error) => {
-                    self.metrics.sync_received.inc(error.into());
-                    continue;
-                }
-            };
-            self.metrics.sync_received.inc(SyncReceived::Ok);
-            shared.sync_heard(now);
-            if opened.wants_answer {
-                *answer = true;
-                self.asked_at = now;
+            if buffer.starts_with(&prompt::MAGIC) {
+                self.take_prompt(&buffer[..len], *from.ip(), shared, now);
+                continue;
             }
-            self.guard.heard(now, &mut self.gate);
-            // It may speak of one that has just been reported.
-            self.take_openings();
-            let mut records = opened.records;
-            for record in &mut records {
-                let unknown = match record {
-                    Record::Open(open) => (!flows.process_open(&open, now, effects))
-                        .then_some((open.flow, open.client_isn)),
-                    Record::Told {
-                        flow,
-                        client_isn,
-                        ack,
-                    } => (!flows.process_told(flow, client_isn, ack)).then_some((flow, client_isn)),
-                    Record::Close { flow, client_isn } => {
-                        flows.process_close(flow, client_isn, effects);
-                        self.guard.process_record(&record, now, &mut self.gate);
-                        None
-                    }
-                    Record::Offer(ref offer) => {
-                        flows.process_offer(offer, now, effects);
-                        None
-                    }
-                    Record::Part(ref part) => {
-                        flows.process_part(part, now, effects);
-                        None
-                    }
-                    Record::Known(_)
-                    | Record::Confirm(_)
-                    | Record::Refuse { .. }
-                    | Record::Got { .. }
-                    | Record::Decline { .. }
-                    | Record::Lost { .. } => {
-                        self.guard.process_record(&record, now, &mut self.gate);
-                        None
+            let datagram = &buffer[..len];
+            let copied = shared.is_copying();
+            let opened =
+                match self
+                    .exchange
+                    .open(datagram, *from.ip(), epoch, copied, now, &mut self.gate)
+                {
+                    Ok(opened) => opened,
+                    Err(error) => {
+                        self.metrics.sync_received.inc(error.into());
+                        continue;
                     }
                 };
-                if let Some((flow, client_isn)) = unknown {
-                    self.records.push(Record::Refuse { flow, client_isn });
-                }
-            }
-            self.metrics.sync_records_skipped.inc_by(records.skipped());
+            self.metrics.sync_received.inc(SyncReceived::Ok);
+            shared.sync_heard(now, epoch);
+            // It may speak of one that has just been reported.
+            self.take_openings();
+            let skipped = self
+                .exchange
+                .process(opened, now, flows, effects, &mut self.gate);
+            self.metrics.sync_records_skipped.inc_by(skipped);
         }
         true
+    }
+
+    /// Takes what the gate has left to the agent.
+    fn take_prompt(&mut self, datagram: &[u8], from: Ipv4Addr, shared: &Shared, now: Nanos) {
+        let seen = self.gate.maps.prompts_seen(self.gate.prompts);
+        let (confirms, seen) = match self.exchange.open_prompt(datagram, from, seen) {
+            Ok(opened) => opened,
+            Err(error) => return self.metrics.sync_received.inc(error.into()),
+        };
+        let noted = self.gate.maps.note_prompt(self.gate.prompts, seen);
+        self.gate.done(noted);
+        self.metrics.sync_received.inc(SyncReceived::Ok);
+        shared.sync_heard(now, shared.epoch());
+        self.exchange.process_prompt(confirms, now, &mut self.gate);
     }
 
     fn take_openings(&mut self) -> bool {
@@ -326,23 +341,11 @@ impl Link {
             let Some(kind) = OpeningKind::from_u32(event.kind) else {
                 continue;
             };
-            self.guard
+            self.exchange
+                .guard
                 .process_opening(event.packet(), kind, event.at_ns, &mut self.gate);
         }
         true
-    }
-
-    fn say(&mut self, epoch: u64, wants_answer: bool) {
-        let (socket, peer, metrics) = (&self.socket, self.peer, &self.metrics);
-        self.channel
-            .seal(epoch, wants_answer, self.records.drain(..), |datagram| {
-                // Not sent is as good as lost: what matters is repeated.
-                let sent = match socket.send_to(datagram, peer) {
-                    Ok(_) => SyncSent::Ok,
-                    Err(_) => SyncSent::SendFailed,
-                };
-                metrics.sync_sent.inc(sent);
-            });
     }
 
     fn tell(&self, fact: Fact) {
@@ -368,8 +371,9 @@ impl Link {
     }
 
     /// Shows how many flows are guarded.
-    pub fn count(&self) {
-        let census = self.guard.census();
+    pub fn count(&mut self) {
+        self.gate.count_prompts();
+        let census = self.exchange.guard.census();
         for (condition, count) in [
             (GuardCondition::Opening, census.opening),
             (GuardCondition::Guarded, census.guarded),

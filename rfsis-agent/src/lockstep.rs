@@ -117,9 +117,10 @@ impl TimestampClock {
         }
     }
 
-    /// Leaps ahead of all that the active can have sent at `now`, where only its SYN-ACK was seen: that
-    /// came up to [`LEAP_MS`] late, and two hosts' clocks differ by up to [`LEAP_DRIFT`]. A leap costs
-    /// nothing: a client only compares (RFC 7323 section 5.3).
+    /// Leaps ahead of all that the active can have sent at `now`, also where only its SYN-ACK was seen: that
+    /// came up to [`LEAP_MS`] late, and two hosts' clocks differ by up to [`LEAP_DRIFT`]. Where the copy of its last
+    /// segment was lost it is a tick that counts. A leap costs nothing: a client only compares (RFC 7323 section
+    /// 5.3).
     pub const fn leap(&mut self, now: Nanos) {
         let elapsed = now.saturating_sub(self.at) / 1_000_000;
         let drift = (elapsed / LEAP_DRIFT) as u32;

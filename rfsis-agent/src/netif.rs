@@ -1,14 +1,18 @@
 //! The interface that carries the VIP: addresses, routes, neighbours (rtnetlink).
 
+use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt as _;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
-use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
@@ -357,20 +361,7 @@ impl Netif {
         let failed = |error: rtnetlink::Error| {
             NetifError::new(format!("warming the way to {client}"), &error)
         };
-        let query = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(client, 32)
-            .build();
-        let mut routes = Box::pin(self.handle.route().get(query).execute());
-        let route = routes.try_next().await.map_err(failed)?;
-        let mut next_hop = client;
-        let mut interface = self.index;
-        for attribute in route.iter().flat_map(|route| &route.attributes) {
-            match attribute {
-                RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => next_hop = *gateway,
-                RouteAttribute::Oif(index) => interface = *index,
-                _ => {}
-            }
-        }
+        let (interface, next_hop) = self.next_hop(client).await.map_err(failed)?;
         // NTF_USE: `neigh_add` in net/core/neighbour.c begins to resolve as if there were a packet.
         let neighbours = self.handle.neighbours();
         let request = neighbours
@@ -381,6 +372,76 @@ impl Netif {
         request.execute().await.map_err(failed)?;
         Ok(next_hop)
     }
+
+    /// Forgets next hops to these clients that do not answer the kernel of a standby. Returns how many there were.
+    ///
+    /// What a former active's sockets sent behind a cut cable asks in the name of the VIP, which the gate does not
+    /// pass; the kernel asks again only each second (`retrans_time_ms` of arp(7)), and the next takeover would wait
+    /// for that. Other next hops are other programs': whoever waits for one would be refused.
+    ///
+    /// # Errors
+    /// Missing privilege.
+    pub async fn forget_unresolved(&self, clients: &[Ipv4Addr]) -> Result<usize, NetifError> {
+        let failed =
+            |error: rtnetlink::Error| NetifError::new("forgetting next hops to clients", &error);
+        let neighbours = self.handle.neighbours().get();
+        let mut found = Box::pin(neighbours.set_address_family(AddressFamily::Inet).execute());
+        let mut unresolved = HashMap::new();
+        while let Some(neighbour) = found.try_next().await.map_err(failed)? {
+            let states = [NeighbourState::Incomplete, NeighbourState::Failed];
+            if states.contains(&neighbour.header.state)
+                && let Some(address) = next_hop_of(&neighbour)
+            {
+                unresolved.insert((neighbour.header.ifindex, address), neighbour);
+            }
+        }
+        let mut forgotten = 0;
+        for &client in clients {
+            if unresolved.is_empty() {
+                break;
+            }
+            // Without a route there is none; the others have theirs.
+            let next_hop = self.next_hop(client).await.ok();
+            let Some(neighbour) = next_hop.and_then(|hop| unresolved.remove(&hop)) else {
+                continue;
+            };
+            match self.handle.neighbours().del(neighbour).execute().await {
+                Ok(()) => forgotten += 1,
+                // The kernel has given it up by now.
+                Err(error) if errno(&error) == Some(libc::ENOENT) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(forgotten)
+    }
+
+    /// Interface and address of the next hop to a client.
+    async fn next_hop(&self, client: Ipv4Addr) -> Result<(u32, Ipv4Addr), rtnetlink::Error> {
+        let query = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(client, 32)
+            .build();
+        let mut routes = Box::pin(self.handle.route().get(query).execute());
+        let route = routes.try_next().await?;
+        let (mut interface, mut next_hop) = (self.index, client);
+        for attribute in route.iter().flat_map(|route| &route.attributes) {
+            match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => next_hop = *gateway,
+                RouteAttribute::Oif(index) => interface = *index,
+                _ => {}
+            }
+        }
+        Ok((interface, next_hop))
+    }
+}
+
+fn next_hop_of(neighbour: &NeighbourMessage) -> Option<Ipv4Addr> {
+    neighbour
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
+            _ => None,
+        })
 }
 
 /// Hardware address and MTU of an Ethernet link.

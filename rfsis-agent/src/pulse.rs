@@ -23,7 +23,9 @@ use crate::engine::{Command, EngineHandle};
 use crate::heartbeat::wish::Wish;
 use crate::heartbeat::{Codec, MacAddr, Nanos};
 use crate::metrics::{HeartbeatReceived, HeartbeatSent, Metrics};
-use crate::node::{Action, Event, Fact, HeartbeatResult, Node, TakeoverReason, YieldReason};
+use crate::node::{
+    Action, Event, Fact, HeartbeatResult, Node, PeerView, TakeoverReason, YieldReason,
+};
 use crate::shared::{NodeView, PeerGlimpse, Shared};
 use crate::sys::{self, PacketSocket};
 
@@ -232,6 +234,11 @@ impl Pulse {
 
     fn perform(&mut self, action: Action, now: Nanos, runner: &mut Runner) {
         match action {
+            Action::SendHeartbeat { heartbeat, .. }
+                if self.node.is_stale(&heartbeat, sys::monotonic()) =>
+            {
+                self.metrics.heartbeats_sent.inc(HeartbeatSent::Stale);
+            }
             Action::SendHeartbeat { heartbeat, to } => {
                 let frame = self.codec.emit(&heartbeat, to, self.peer);
                 let (result, event) = match self.socket.send(&frame) {
@@ -266,6 +273,8 @@ impl Pulse {
             Action::RenewLease { until } => self.write_state(State::Active, until),
             Action::TakeOver { reason, epoch, .. } => {
                 let at = sys::monotonic();
+                // The shadows go live in the new epoch.
+                self.shared.set_session(epoch, self.node.peer_session());
                 self.engine.send(Command::GoLive { at });
                 runner.took_over = Some((reason, epoch));
             }
@@ -315,15 +324,15 @@ impl Pulse {
     /// Copies go to a peer that is standby and heard: nobody else has a use for them.
     fn update_mirror(&self, now: Nanos, runner: &mut Runner) {
         let Some(mirror) = &self.mirror else {
+            self.shared.set_copying(true);
             return;
         };
         let speaks = matches!(
             self.node.state(),
             State::Active | State::TakingOver | State::HandingOver
         );
-        let listens = |state| state == State::Standby && self.node.peer_heard(now);
         let peer = match self.node.peer() {
-            Some(peer) if speaks && listens(peer.state) => MirrorPeer::at(peer.tap_mac),
+            Some(peer) if speaks && self.listens(&peer, now) => MirrorPeer::at(peer.tap_mac),
             _ => MirrorPeer::NOBODY,
         };
         if peer == runner.mirrors {
@@ -331,10 +340,22 @@ impl Pulse {
         }
         if mirror.write(peer).is_ok() {
             runner.mirrors = peer;
+            self.shared.set_copying(!peer.is_nobody());
             self.notice(Notice::Mirrors(peer));
         } else {
             self.notice(Notice::MirrorNotWritten);
         }
+    }
+
+    /// Whether the peer is standby and heard. Where only its heartbeats get lost it still confirms, and goes on
+    /// hearing ours: without copies it would confirm nothing new. It speaks there in the epoch of this node,
+    /// so if it was active in an older one, it has yielded.
+    fn listens(&self, peer: &PeerView, now: Nanos) -> bool {
+        let standby = peer.state == State::Standby;
+        let yielded = peer.epoch < self.node.epoch();
+        let confirms = self.shared.sync_heard_in(self.node.epoch());
+        (standby && self.node.peer_heard(now))
+            || ((standby || yielded) && confirms.is_some_and(|at| self.node.is_recent(at, now)))
     }
 
     fn notice(&self, notice: Notice) {

@@ -19,6 +19,7 @@ use crate::pulse::PulseHandle;
 use crate::shared::Shared;
 use crate::sockets::VipSockets;
 use crate::sys;
+use crate::wall;
 
 /// Between two looks.
 pub const LOOK: Duration = Duration::from_millis(100);
@@ -134,7 +135,7 @@ impl Redundancy {
         let now = Instant::now();
         let passed = now - record.looked_at;
         record.looked_at = now;
-        record.since = redundant.then(|| record.since.unwrap_or_else(SystemTime::now));
+        record.since = redundant.then(|| record.since.unwrap_or_else(wall::now));
         if !redundant {
             self.metrics.without_redundancy.inc_by(passed.as_secs_f64());
         }

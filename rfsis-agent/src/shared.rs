@@ -1,6 +1,6 @@
 //! What the threads show each other. The real-time thread never waits here.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rfsis_common::maps::State;
@@ -45,6 +45,9 @@ pub struct Shared {
     peer_session: AtomicU64,
     epoch: AtomicU64,
     sync_heard_at: AtomicU64,
+    /// The epoch in which that was said.
+    sync_epoch: AtomicU64,
+    copying: AtomicBool,
     /// Flows that a takeover by the standby would lose, as far as is known here.
     at_risk: AtomicU32,
     /// When neither node knew of any, 0 if never.
@@ -65,6 +68,8 @@ impl Default for Shared {
             peer_session: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
             sync_heard_at: AtomicU64::new(0),
+            sync_epoch: AtomicU64::new(0),
+            copying: AtomicBool::new(false),
             at_risk: AtomicU32::new(0),
             safe_at: AtomicU64::new(0),
         }
@@ -126,14 +131,31 @@ impl Shared {
         Some(self.peer_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
-    /// The peer was heard on the sync channel at `at` (ns).
-    pub fn sync_heard(&self, at: Nanos) {
+    /// The peer was heard on the sync channel at `at` (ns), in this epoch.
+    pub fn sync_heard(&self, at: Nanos, epoch: u64) {
+        self.sync_epoch.store(epoch, Ordering::Relaxed);
         self.sync_heard_at.store(at, Ordering::Relaxed);
     }
 
     /// When the peer was heard on the sync channel last, ns; `None` if never.
     pub fn sync_heard_at(&self) -> Option<Nanos> {
         Some(self.sync_heard_at.load(Ordering::Relaxed)).filter(|at| *at > 0)
+    }
+
+    /// The same, if it was in this epoch.
+    pub fn sync_heard_in(&self, epoch: u64) -> Option<Nanos> {
+        let same = self.sync_epoch.load(Ordering::Relaxed) == epoch;
+        self.sync_heard_at().filter(|_| same)
+    }
+
+    /// Whether the standby gets the VIP's frames, as far as it depends on this node.
+    pub fn is_copying(&self) -> bool {
+        self.copying.load(Ordering::Relaxed)
+    }
+
+    /// Shows whether it does.
+    pub fn set_copying(&self, copying: bool) {
+        self.copying.store(copying, Ordering::Relaxed);
     }
 
     /// Flows that a takeover by the standby would lose, as far as is known here.

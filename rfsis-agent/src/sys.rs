@@ -5,6 +5,8 @@ use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -16,6 +18,38 @@ pub fn monotonic() -> Nanos {
     // CLOCK_MONOTONIC exists on every Linux; the call can only fail for an unknown clock.
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map(|time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+        .unwrap_or(0)
+}
+
+/// Sends UDP without checksums (`SO_NO_CHECK`), for what proves itself better. Errors: of setsockopt(2).
+pub fn omit_checksums(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer and the length describe `on`, which outlives the call.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NO_CHECK,
+            (&raw const on).cast(),
+            size_of_val(&on) as u32,
+        )
+    };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// How far [`monotonic`] is off the machine's clock, seconds: the process is in a time namespace
+/// (time_namespaces(7)), and the programs in the kernel are not. 0 where the kernel has none.
+pub fn monotonic_offset() -> i64 {
+    let offsets = std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+    let of_monotonic = offsets
+        .lines()
+        .find_map(|line| line.strip_prefix("monotonic"));
+    let seconds = of_monotonic.and_then(|rest| rest.split_whitespace().next());
+    seconds
+        .and_then(|seconds| seconds.parse().ok())
         .unwrap_or(0)
 }
 
@@ -257,4 +291,40 @@ pub fn map_large_buffers() {
 pub fn raise_open_files() -> nix::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+}
+
+/// Makes the table of open files large enough for so many at once, or for as many as are allowed: 8 bytes each.
+///
+/// Where it is full the kernel doubles it, and who opens a file waits for an RCU grace period meanwhile
+/// (`expand_fdtable`, fs/file.c): clients would wait for 20 ms, and that at the moment of a takeover.
+pub fn reserve_open_files(count: u64) -> nix::Result<()> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let last = count.min(soft).saturating_sub(1).min(i32::MAX as u64);
+    let any = EventFd::new()?;
+    let high = fcntl(&any, FcntlArg::F_DUPFD_CLOEXEC(last as i32))?;
+    // SAFETY: nobody else has this number: it was just given out.
+    drop(unsafe { OwnedFd::from_raw_fd(high) });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_open_files_has_room_from_the_start() {
+        let room = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+            line.unwrap().trim().parse::<u64>().unwrap()
+        };
+        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let most = soft.min(3 * room());
+        reserve_open_files(most).unwrap();
+        assert!(room() >= most, "{} for {most}", room());
+        if soft < 1 << 20 {
+            reserve_open_files(u64::MAX).unwrap();
+            assert!(room() >= soft, "{} for {soft}", room());
+        }
+    }
 }

@@ -11,8 +11,9 @@ use crate::netif::Netif;
 /// Next hops that are kept resolved, and how often.
 const WARM_MOST: usize = 4096;
 const WARM_INTERVAL: Duration = Duration::from_secs(20);
-/// Clients that wait for it.
+/// Clients that wait for it, and those that are looked at together.
 const QUEUE: usize = 1024;
+const AT_ONCE: usize = 256;
 
 /// Says which clients have flows.
 #[derive(Debug)]
@@ -51,13 +52,24 @@ impl Warmer {
             self.warmed.insert(client, now);
         }
     }
+
+    /// Nothing of what was done still holds: the link may have been cut, and the kernel have forgotten it.
+    pub fn forget(&mut self) {
+        self.warmed.clear();
+    }
 }
 
 /// Resolves next hops as they are asked for.
 pub async fn keep_warm(netif: Netif, mut clients: ToWarm) {
-    while let Some(client) = clients.0.recv().await {
-        if let Err(error) = netif.warm_next_hop(client).await {
-            tracing::debug!(%client, %error, "next hop not resolved");
+    let mut asked = Vec::with_capacity(AT_ONCE);
+    while clients.0.recv_many(&mut asked, AT_ONCE).await > 0 {
+        if let Err(error) = netif.forget_unresolved(&asked).await {
+            tracing::debug!(%error, "the first packets of a takeover may wait for a second");
+        }
+        for client in asked.drain(..) {
+            if let Err(error) = netif.warm_next_hop(client).await {
+                tracing::debug!(%client, %error, "next hop not resolved");
+            }
         }
     }
 }
@@ -77,6 +89,11 @@ mod tests {
         }
         warmer.warm(Ipv4Addr::new(192, 168, 1, 51), start);
         assert!(asked.0.try_recv().is_ok(), "another client");
+        warmer.warm(client, start + WARM_INTERVAL);
+        assert!(asked.0.try_recv().is_err());
+        warmer.forget();
+        warmer.warm(client, start + WARM_INTERVAL);
+        assert!(asked.0.try_recv().is_ok(), "nothing is known any more");
     }
 
     #[test]

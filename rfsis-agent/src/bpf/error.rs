@@ -45,6 +45,20 @@ pub enum BpfError {
         /// What the kernel said.
         detail: String,
     },
+    /// The kernel has no hook for filters, or no filters made of programs.
+    #[error(
+        "{operation}: kernel {found} has no clsact or no BPF filters ({detail}); expected \
+         CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF, or the modules sch_ingress and cls_bpf: install \
+         the kernel's modules"
+    )]
+    Filters {
+        /// What was tried.
+        operation: String,
+        /// The running kernel's version.
+        found: String,
+        /// What the kernel said.
+        detail: String,
+    },
     /// The verifier refused a program.
     #[error("kernel {kernel} refused program {program}: {log}")]
     Verifier {
@@ -101,6 +115,7 @@ impl BpfError {
             Self::ObjectMissing
             | Self::Privilege { .. }
             | Self::Kernel { .. }
+            | Self::Filters { .. }
             | Self::Verifier { .. } => 3,
             Self::InterfaceMissing { .. } => 2,
             Self::XdpBusy { .. } | Self::NotFound { .. } | Self::Failed { .. } => 1,
@@ -111,18 +126,35 @@ impl BpfError {
     pub(super) fn new(operation: impl Into<String>, error: &(dyn Error + 'static)) -> Self {
         let operation = operation.into();
         match os_error(error) {
-            Some(libc::EPERM | libc::EACCES) => Self::Privilege { operation },
-            Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) if kernel_is_old() => {
+            // What privilege is missing was asked before. Before 5.11 maps count against RLIMIT_MEMLOCK,
+            // which an agent that has given up its privileges may not raise: EPERM.
+            Some(libc::EPERM | libc::EACCES | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)
+                if kernel_is_old() =>
+            {
                 Self::Kernel {
                     operation,
                     found: kernel(),
                     detail: chain(error),
                 }
             }
+            Some(libc::EPERM | libc::EACCES) => Self::Privilege { operation },
             _ => Self::Failed {
                 operation,
                 detail: chain(error),
             },
+        }
+    }
+
+    /// The same for attaching a filter: ENOENT is a qdisc or classifier that the kernel does not have
+    /// (net/sched/sch_api.c, cls_api.c).
+    pub(super) fn from_filter(operation: String, error: &(dyn Error + 'static)) -> Self {
+        match os_error(error) {
+            Some(libc::ENOENT) => Self::Filters {
+                operation,
+                found: kernel(),
+                detail: chain(error),
+            },
+            _ => Self::new(operation, error),
         }
     }
 

@@ -10,6 +10,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
 use rfsis_common::mirror::MirrorVerdict;
+use rfsis_common::prompt::{Hop, PromptPeer, PromptSeen, Prompted};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use super::error::BpfError;
@@ -269,10 +270,27 @@ pub struct GuardMaps {
     flows: FlowMap<Guarded>,
     confirmed: Shared<Array<MapData, Confirmation>>,
     sent: Shared<Array<MapData, Sent>>,
+    prompted: Shared<Array<MapData, Prompted>>,
+    hops: Shared<Array<MapData, Hop>>,
+    prompt: Shared<Array<MapData, PromptPeer>>,
+    prompt_seen: Shared<Array<MapData, PromptSeen>>,
 }
 
 impl GuardMaps {
-    pub(super) fn new(mode: Map, flows: Map, confirmed: Map, sent: Map) -> Result<Self, BpfError> {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one for each map, made by one caller"
+    )]
+    pub(super) fn new(
+        mode: Map,
+        flows: Map,
+        confirmed: Map,
+        sent: Map,
+        prompted: Map,
+        hops: Map,
+        prompt: Map,
+        prompt_seen: Map,
+    ) -> Result<Self, BpfError> {
         fn array<V: Pod>(
             name: &'static str,
             map: Map,
@@ -285,6 +303,10 @@ impl GuardMaps {
             flows: flow_map(names::GUARDED, flows)?,
             confirmed: array(names::CONFIRMED, confirmed)?,
             sent: array(names::SENT, sent)?,
+            prompted: array(names::PROMPTED, prompted)?,
+            hops: array(names::HOPS, hops)?,
+            prompt: array(names::PROMPT, prompt)?,
+            prompt_seen: array(names::PROMPT_SEEN, prompt_seen)?,
         })
     }
 
@@ -329,13 +351,52 @@ impl GuardMaps {
         result.map_err(|error| failed("writing", names::CONFIRMED, &error))
     }
 
+    /// What the programs have noted of the flow in a slot by themselves, and what was confirmed before. Says
+    /// nothing where the agent alone takes confirmations.
+    pub fn prompted(&self, slot: u32) -> Confirmation {
+        let prompted = self.prompted.lock().get(&slot, 0).unwrap_or_default();
+        prompted.confirmation
+    }
+
+    /// Lets the programs take confirmations of the flow in a slot by themselves, or no longer.
+    ///
+    /// # Errors
+    /// Where there is no such slot.
+    pub fn delegate(&self, slot: u32, prompted: Prompted) -> Result<(), BpfError> {
+        let result = self.prompted.lock().set(slot, prompted, 0);
+        result.map_err(|error| failed("writing", names::PROMPTED, &error))
+    }
+
+    /// Which prompt datagrams have come from the peer whose element this is.
+    pub fn prompts_seen(&self, peer: u32) -> PromptSeen {
+        self.prompt_seen.lock().get(&peer, 0).unwrap_or_default()
+    }
+
+    /// Notes one that came to the agent.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn note_prompt(&self, peer: u32, seen: PromptSeen) -> Result<(), BpfError> {
+        let result = self.prompt_seen.lock().set(peer, seen, 0);
+        result.map_err(|error| failed("writing", names::PROMPT_SEEN, &error))
+    }
+
+    /// Tells the programs from whom they take prompt datagrams.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn take_prompts(&self, peer: PromptPeer) -> Result<(), BpfError> {
+        self.note_prompt(peer.seen, PromptSeen::default())?;
+        let result = self.prompt.lock().set(0, peer, 0);
+        result.map_err(|error| failed("writing", names::PROMPT, &error))
+    }
+
     /// What the kernel sent of the flow in a slot, and what the client was told. `None` where there is no
     /// such slot, or the gate is writing it each time one looks.
     pub fn sent(&self, slot: u32) -> Option<Sent> {
-        let map = self.sent.lock();
-        let mut last = map.get(&slot, 0).ok()?;
+        let mut last = self.glimpse(slot)?;
         for _ in 1..LOOKS_MAX {
-            let next = map.get(&slot, 0).ok()?;
+            let next = self.glimpse(slot)?;
             if next == last && next.version.is_multiple_of(2) {
                 return Some(next);
             }
@@ -344,11 +405,20 @@ impl GuardMaps {
         None
     }
 
+    /// What a slot holds at this moment: half-written, if the gate is writing it, and then its version is
+    /// odd. `None` where there is no such slot.
+    pub fn glimpse(&self, slot: u32) -> Option<Sent> {
+        self.sent.lock().get(&slot, 0).ok()
+    }
+
     /// Prepares a slot for a flow that the gate does not know yet.
     ///
     /// # Errors
     /// Where there is no such slot.
     pub fn reset(&self, slot: u32, sent: Sent) -> Result<(), BpfError> {
+        self.delegate(slot, Prompted::default())?;
+        let result = self.hops.lock().set(slot, Hop::default(), 0);
+        result.map_err(|error| failed("writing", names::HOPS, &error))?;
         let result = self.sent.lock().set(slot, sent, 0);
         result.map_err(|error| failed("writing", names::SENT, &error))
     }

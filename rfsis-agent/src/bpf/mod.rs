@@ -15,6 +15,7 @@ mod filter;
 mod leftover;
 mod log;
 mod maps;
+mod test_run;
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -22,7 +23,7 @@ use std::net::Ipv4Addr;
 use aya::maps::{HashMap, Map, MapData, RingBuf};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLinkId, XdpMode as AyaXdpMode};
-use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions, Xdp};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use rfsis_common::maps::{MirrorPeer, NodeState, OBSERVED, PRESENT, names};
 use rfsis_common::mirror::MirrorEgress;
@@ -35,6 +36,7 @@ pub use maps::{
     AckGateCounters, Approvals, Counters, GateCounters, GuardMaps, LiveFlows, LostFlows,
     MirrorCounters, MirrorWriter, RestWriter, StateWriter, XdpCounters,
 };
+pub use test_run::{Program, SkbContext};
 
 use error::os_error;
 use filter::FilterError;
@@ -69,6 +71,8 @@ pub struct LoadParams<'a> {
 pub struct GuardParams {
     /// Flows that may be guarded at once.
     pub max_flows: u32,
+    /// Index of the VIP's interface.
+    pub ifindex: u32,
 }
 
 /// Where and how copies for the standby leave.
@@ -151,16 +155,20 @@ impl Programs {
         };
         let (source, egress) = (MirrorPeer::at(source).word(), egress as u32);
         let ack_gate = u32::from(params.guard.is_some());
+        let own_ifindex = params.guard.map_or(0, |guard| guard.ifindex);
         let guarded = params.guard.map_or(1, |guard| guard.max_flows.max(1));
         let mut ebpf = EbpfLoader::new()
             .override_global(names::VIP, &vip, true)
             .override_global(names::MIRROR_IFINDEX, &ifindex, true)
             .override_global(names::MIRROR_SOURCE, &source, true)
             .override_global(names::MIRROR_EGRESS, &egress, true)
+            .override_global(names::IFINDEX, &own_ifindex, true)
             .override_global(names::ACK_GATE, &ack_gate, true)
             .map_max_entries(names::GUARDED, guarded)
             .map_max_entries(names::CONFIRMED, guarded)
             .map_max_entries(names::SENT, guarded)
+            .map_max_entries(names::PROMPTED, guarded)
+            .map_max_entries(names::HOPS, guarded)
             .map_max_entries(names::FRAMES, params.frame_ring_bytes)
             .map_max_entries(names::LIVE_FLOWS, params.max_live_flows.max(1))
             .map_max_entries(names::SERVICE_PORTS, room(params.service_ports))
@@ -345,6 +353,10 @@ impl Programs {
             self.copy_of(names::GUARDED)?,
             self.copy_of(names::CONFIRMED)?,
             self.copy_of(names::SENT)?,
+            self.copy_of(names::PROMPTED)?,
+            self.copy_of(names::HOPS)?,
+            self.copy_of(names::PROMPT)?,
+            self.copy_of(names::PROMPT_SEEN)?,
         )
     }
 
@@ -426,59 +438,6 @@ impl Programs {
         ProgramLog::new(&mut self.ebpf)
     }
 
-    /// Runs the XDP program on a frame that is nobody's (`BPF_PROG_TEST_RUN`), with all its effects on
-    /// maps; gives its `xdp_action`.
-    ///
-    /// # Errors
-    /// EINVAL for frames below 14 bytes.
-    pub fn test_xdp(&mut self, frame: &[u8]) -> Result<u32, BpfError> {
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            ..TestRunOptions::default()
-        };
-        let result = self.xdp_program()?.test_run(options);
-        result
-            .map(|result| result.return_value)
-            .map_err(|error| BpfError::new("test run of the XDP program", &error))
-    }
-
-    /// The same for the gate, with `skb->mark`; gives its `TC_ACT_` code and the frame as it left it.
-    ///
-    /// # Errors
-    /// As [`Programs::test_xdp`].
-    pub fn test_gate(&mut self, frame: &[u8], mark: u32) -> Result<(i32, Vec<u8>), BpfError> {
-        // `struct __sk_buff` up to its `mark`, include/uapi/linux/bpf.h: what is missing is taken as 0.
-        let mut skb = [0; 12];
-        skb[8..].copy_from_slice(&mark.to_ne_bytes());
-        let mut output = vec![0; frame.len()];
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut output),
-            ctx_in: Some(&skb),
-            ..TestRunOptions::default()
-        };
-        let result = self.tc_program(names::GATE)?.test_run(options);
-        let code = result
-            .map(|result| result.return_value.cast_signed())
-            .map_err(|error| BpfError::new("test run of the gate", &error))?;
-        Ok((code, output))
-    }
-
-    /// Runs the TC program that catches frames, like [`Programs::test_xdp`]; gives its `TC_ACT_` code.
-    ///
-    /// # Errors
-    /// As [`Programs::test_xdp`].
-    pub fn test_ingress(&mut self, frame: &[u8]) -> Result<i32, BpfError> {
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            ..TestRunOptions::default()
-        };
-        let result = self.tc_program(names::INGRESS)?.test_run(options);
-        result
-            .map(|result| result.return_value.cast_signed())
-            .map_err(|error| BpfError::new("test run of TC ingress", &error))
-    }
-
     fn xdp_program(&mut self) -> Result<&mut Xdp, BpfError> {
         let program = self.ebpf.program_mut(names::XDP);
         program
@@ -514,7 +473,7 @@ impl Programs {
 fn filter_error(operation: String, interface: &str, error: &FilterError) -> BpfError {
     match os_error(error) {
         Some(libc::ENODEV) => interface_missing(interface),
-        _ => BpfError::new(operation, error),
+        _ => BpfError::from_filter(operation, error),
     }
 }
 

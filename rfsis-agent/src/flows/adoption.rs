@@ -9,12 +9,13 @@
 //!
 //! A shadow that cannot be moved goes on as it is, and is looked at again, ever more rarely.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use rfsis_common::maps::FlowKey;
 
 use super::{Effects, Flow, Flows};
 use crate::adopt::Numbers;
+use crate::collections::HashMap;
 use crate::heartbeat::Nanos;
 use crate::shadow::{Readiness, Shadow, Shell};
 
@@ -31,7 +32,7 @@ const FREED_AT_ONCE: usize = 4;
 
 /// A flow that is not ready is looked at again after the first, then ever more rarely up to the second, ns.
 const PAUSE: Nanos = 20 * MS;
-const PAUSE_MOST: Nanos = 5_000 * MS;
+const PAUSE_MOST: Nanos = 2_000 * MS;
 
 /// A handler does not rest for a client that acknowledges nothing for so long, ns.
 const REST: Nanos = 100 * MS;

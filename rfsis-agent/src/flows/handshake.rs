@@ -7,6 +7,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
 use super::{Effects, Flow, Flows, MAX_OPENINGS, SECOND};
+use crate::fault::faulty;
 use crate::heartbeat::Nanos;
 use crate::lockstep::distance;
 use crate::segment::{Options, Segment};
@@ -352,10 +353,16 @@ impl Flows {
             return;
         };
         let inferred = opening.answer.is_none();
+        let first = opening.client_isn.wrapping_add(1);
+        if !inferred && !opening.guarded && self.heard_beyond(flow, first) {
+            // The copy of the SYN-ACK came late: a shadow would lack what came before.
+            self.openings.remove(&flow);
+            return;
+        }
         let (active_isn, active) = match opening.answer {
             Some((isn, options)) if near(isn.wrapping_add(1), ack) => (isn, options),
             Some(_) => return,
-            None if segment.seq != opening.client_isn.wrapping_add(1) => return,
+            None if segment.seq != first => return,
             None => match self.flows.get(&flow) {
                 // A SYN that the active did not answer must not end a flow that runs.
                 Some(Flow::Shadow(shadow)) if !shadow.has_ended() => return,
@@ -386,13 +393,20 @@ impl Flows {
         self.openings.remove(&flow);
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
-        if self.flows.len() >= self.config.max_flows
-            || self.bytes >= self.config.max_bytes
-            || !fx.protect(flow)
-        {
+        // One that is guarded has got its place when it was called known: its client may have been told of it.
+        let is_full =
+            self.flows.len() >= self.config.max_flows || self.bytes >= self.config.max_bytes;
+        if (is_full && !opening.guarded) || !fx.protect(flow) {
             self.refused += 1;
             fx.release(flow);
             self.leave_unprotected(flow, Some(ack), now);
+            let client_isn = opening.client_isn;
+            if opening.guarded && !self.live {
+                self.tells.push(Record::Refuse { flow, client_isn });
+                if let Some(Flow::Unprotected { refused, .. }) = self.flows.get_mut(&flow) {
+                    *refused = Some(client_isn);
+                }
+            }
             return;
         }
         let handshake = Handshake {
@@ -408,11 +422,25 @@ impl Flows {
         self.insert_shadow(flow, handshake, now);
     }
 
+    /// Whether more than the handshake was heard of a client whose first byte is `first`, and not kept.
+    fn heard_beyond(&self, flow: FlowKey, first: u32) -> bool {
+        match self.flows.get(&flow) {
+            Some(Flow::Unprotected {
+                client_next: Some(next),
+                ..
+            }) => *next != first && near(first, *next),
+            _ => false,
+        }
+    }
+
     /// Handshakes that the active answered go on from there. The others, of those that are not too old,
     /// are returned: this node answers them.
     pub(super) fn adopt_openings(&mut self, now: Nanos, fx: &mut impl Effects) -> Vec<Vec<u8>> {
         self.opening_order.clear();
         let mut unanswered = Vec::new();
+        if faulty!(ForgetOpenings) {
+            self.openings.clear();
+        }
         for (flow, opening) in std::mem::take(&mut self.openings) {
             let Some((active_isn, active)) = opening.answer else {
                 if self.flows.contains_key(&flow) {

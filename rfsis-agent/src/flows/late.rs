@@ -17,6 +17,7 @@ use std::net::Ipv4Addr;
 use rfsis_common::maps::{Direction, FlowKey};
 
 use super::{Effects, Flow, Flows};
+use crate::fault::faulty;
 use crate::handler::{Output, Resumed};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, later};
@@ -159,8 +160,10 @@ impl Flows {
         if !self.flows.contains_key(&flow) {
             self.leave_unprotected(flow, None, now);
         }
-        if let Some(Flow::Unprotected { sent, .. }) = self.flows.get_mut(&flow) {
+        if let Some(Flow::Unprotected { sent, refused, .. }) = self.flows.get_mut(&flow) {
             *sent = Some(next);
+            // The active knows.
+            *refused = None;
         }
     }
 
@@ -346,6 +349,11 @@ impl Flows {
                 tracing::warn!(?flow, %error, "the snapshot of a flow cannot be used");
                 return false;
             }
+        };
+        let rest = if faulty!(RestoreNoHandler) {
+            kind.stream()
+        } else {
+            rest
         };
         let handler = Resumed::new(std::mem::take(&mut snapshot.output), Some(rest));
         if self.bytes >= self.config.max_bytes || !fx.protect(flow) {

@@ -21,8 +21,11 @@ mod lab;
 mod late;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, feature = "simulation"))]
+mod view;
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
 use rfsis_common::frame::tcp_flags;
@@ -33,6 +36,7 @@ use self::adoption::Moves;
 use self::handshake::{Habit, Opening, near};
 use self::late::Arrival;
 use crate::adopt::{Numbers, Unfinished};
+use crate::collections::{HashMap, HashSet};
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, later};
@@ -42,7 +46,7 @@ use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, probe_packe
 use crate::sync::Record;
 use crate::wire::Wire;
 
-const SECOND: Nanos = 1_000_000_000;
+pub(crate) const SECOND: Nanos = 1_000_000_000;
 
 /// Handshakes under way at the most; at the bound the oldest is forgotten.
 pub const MAX_OPENINGS: usize = 16_384;
@@ -67,6 +71,10 @@ const TIME_WAIT: Nanos = 60 * SECOND;
 /// A live flow whose client acknowledges nothing for so long is gone (Linux `tcp_retries2`, 15 min).
 const SILENT_CLIENT: Nanos = 924 * SECOND;
 
+/// A live flow whose client does not complete the handshake is given up after this, ns, as by the kernel (five
+/// repetitions, `tcp_synack_retries` of tcp(7)).
+const HALF_OPEN: Nanos = 63 * SECOND;
+
 /// A flow is not looked at more often than this without a frame, ns.
 const MIN_TIMER: Nanos = 1_000_000;
 
@@ -79,7 +87,7 @@ pub struct FlowsConfig {
     /// The virtual IP.
     pub vip: Ipv4Addr,
     /// TCP services by port.
-    pub services: HashMap<u16, HandlerKind>,
+    pub services: std::collections::HashMap<u16, HandlerKind>,
     /// Shadows at the most.
     pub max_flows: usize,
     /// Bytes that all shadows may hold together.
@@ -129,6 +137,9 @@ enum Flow {
         last_activity: Nanos,
         /// Which sides have closed: it is known for a moment more, for their last segments.
         closed: Closed,
+        /// The active guards it, by this number of the client's, for a shadow that found no room: its client waits
+        /// until the active has heard of that.
+        refused: Option<u32>,
     },
 }
 
@@ -231,15 +242,15 @@ impl Flows {
             wire,
             scratch: vec![0; SCRATCH],
             out: Vec::new(),
-            flows: HashMap::new(),
-            openings: HashMap::new(),
-            arrivals: HashMap::new(),
+            flows: HashMap::default(),
+            openings: HashMap::default(),
+            arrivals: HashMap::default(),
             arrival_bytes: 0,
             got: Vec::new(),
             opening_order: VecDeque::new(),
-            habits: HashMap::new(),
+            habits: HashMap::default(),
             timers: BTreeSet::new(),
-            timer_of: HashMap::new(),
+            timer_of: HashMap::default(),
             bytes: 0,
             live: false,
             refused: 0,
@@ -335,8 +346,14 @@ impl Flows {
                 client_next,
                 last_activity,
                 closed,
+                refused,
                 ..
             }) => {
+                if let Some(client_isn) = *refused
+                    && !self.live
+                {
+                    self.tells.push(Record::Refuse { flow, client_isn });
+                }
                 // An older ACK that comes late would make for an RST that the client ignores.
                 *client_ack = match (*client_ack, segment.ack) {
                     (Some(known), Some(ack)) => Some(later(known, ack)),
@@ -454,6 +471,7 @@ impl Flows {
                     sent: None,
                     last_activity: now,
                     closed: Closed::default(),
+                    refused: None,
                 },
             );
         }
@@ -581,7 +599,7 @@ impl Flows {
             unanswered: self.adopt_openings(now, fx),
             ..TakeoverReport::default()
         };
-        let mut resets: HashMap<ResetReason, usize> = HashMap::new();
+        let mut resets: HashMap<ResetReason, usize> = HashMap::default();
         let mut doomed = Vec::new();
         let mut speakers = Vec::new();
         for (&flow, entry) in &mut self.flows {
@@ -612,26 +630,28 @@ impl Flows {
                 }
                 Flow::Shadow(shadow) if shadow.is_closed() => {}
                 Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
-                    let packets = vec![shadow.reset_packet()];
+                    let packets = shadow.last_words();
                     doomed.push((flow, ResetReason::Unprotected, packets, true));
                 }
                 Flow::Shadow(shadow) => match shadow.fate() {
-                    Err(reason) => doomed.push((flow, reason, vec![shadow.reset_packet()], true)),
+                    Err(reason) => doomed.push((flow, reason, shadow.last_words(), true)),
                     Ok(()) => {
                         report.live += 1;
                         let before = shadow.bytes();
                         self.moves.add(flow, now);
                         if shadow.go_live(now) {
-                            speakers.push((shadow.last_activity(), flow));
+                            let half_open = shadow.state() == State::SynReceived;
+                            speakers.push((half_open, Reverse(shadow.last_activity()), flow));
                         }
                         self.bytes -= before - shadow.bytes();
                     }
                 },
             }
         }
-        speakers.sort_unstable_by(|a, b| b.cmp(a));
+        // Most recently active first; but of half-open ones a SYN flood makes as many as it likes.
+        speakers.sort_unstable();
         report.spoke = speakers.len();
-        for (_, flow) in speakers {
+        for (.., flow) in speakers {
             self.with_shadow(flow, now, fx, Shadow::resume);
         }
         let mut told = Vec::new();
@@ -749,6 +769,7 @@ impl Flows {
                         || quiet > idle
                         || (shadow.state() == State::TimeWait && quiet > TIME_WAIT)
                         || (live && shadow.bytes() > 0 && quiet > SILENT_CLIENT)
+                        || (live && shadow.state() == State::SynReceived && quiet > HALF_OPEN)
                 }
             };
             if quiet {
@@ -756,6 +777,11 @@ impl Flows {
             }
         }
         for flow in ended {
+            if live && let Some(Flow::Shadow(shadow)) = self.flows.get(&flow) {
+                // The standby may know of it by what it has said.
+                let client_isn = shadow.handshake().client_isn;
+                self.tells.push(Record::Close { flow, client_isn });
+            }
             self.remove(flow, fx);
         }
         if !live && now >= self.next_warm {

@@ -12,9 +12,11 @@
 
 use rfsis_common::ack_gate::{Confirmation, Sent, sent_flags};
 use rfsis_common::maps::FlowKey;
+use rfsis_common::prompt::Prompted;
 
 use super::{Ended, Flow, Guard, GuardEffects, MS, Phase};
 use crate::adopt::Numbers;
+use crate::fault::faulty;
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, later};
 use crate::sync::{Offer, Record, Snapshot};
@@ -38,7 +40,9 @@ impl Flow {
         if sent.version != 0 && sent.told == sent.ack {
             self.spoke_unseen = false;
         }
-        !self.spoke_unseen && !before(self.confirmation.ack(), sent.told)
+        // All zeros is no number: it would be ahead of half of all numbers.
+        let is_confirmed = self.confirmation != Confirmation::default();
+        is_confirmed && !self.spoke_unseen && !before(self.confirmation.ack(), sent.told)
     }
 }
 
@@ -56,7 +60,7 @@ impl Guard {
         if ended {
             // What is left is between the client and the kernel.
             self.forget(key, fx);
-        } else {
+        } else if !self.is_half_open(key, fx) {
             self.joins.want(key, now);
         }
     }
@@ -98,6 +102,7 @@ impl Guard {
         {
             // All that the client was told until now the snapshot will have.
             fx.confirm(flow.slot, Confirmation::new(sent.told, sent.told_edge));
+            fx.delegate(flow.slot, Prompted::default());
             flow.phase = Phase::Closing {
                 until: now + SNAPSHOT_PATIENCE,
             };
@@ -178,19 +183,29 @@ impl Guard {
 
     /// The standby has confirmed something of an exposed flow: guards it, or begins to.
     pub(super) fn protect_again(&mut self, key: FlowKey, now: Nanos, fx: &mut impl GuardEffects) {
+        if self.joins.is_under_way(&key) {
+            // It speaks of a shadow that the offer ends.
+            return;
+        }
         let may_close = !self.joins.concerns(&key);
         let Some(flow) = self.flows.get_mut(&key) else {
             return;
         };
         // One that could not join is closed only where that ends it.
+        if faulty!(ForgetExposed) {
+            fx.confirm(flow.slot, flow.confirmation);
+            flow.phase = Phase::Guarded;
+            return;
+        }
         if !flow.is_all_confirmed(fx) && !may_close {
             return;
         }
         fx.confirm(flow.slot, flow.confirmation);
         // The gate may have told more at the same moment, so it is looked at now.
         if flow.is_all_confirmed(fx) {
-            flow.phase = Phase::Guarded;
-            flow.closed_in_vain = 0;
+            flow.protect(fx);
+            // It was perhaps to be offered, which would end the shadow that has confirmed it.
+            self.joins.forget(&key);
         } else if may_close {
             let patience = match flow.closed_in_vain {
                 0 => CLOSING_PATIENCE,
@@ -282,7 +297,7 @@ mod tests {
     use rfsis_common::ack_gate::Guarded;
 
     use super::*;
-    use crate::guard::GuardConfig;
+    use crate::guard::{GuardConfig, RECHECK, RECHECK_SOON};
     use crate::segment::{Options, flow_key};
     use crate::sync::{Confirm, Sack};
 
@@ -292,7 +307,24 @@ mod tests {
         guarded: HashMap<FlowKey, Guarded>,
         sent: HashMap<u32, Sent>,
         confirmed: HashMap<u32, Confirmation>,
+        prompted: HashMap<u32, Prompted>,
+        prompted_at: Nanos,
         wanted: Vec<(FlowKey, u32)>,
+        /// The gate takes a confirmation, and tells the client of it, behind each look at what it has.
+        is_busy: bool,
+    }
+
+    impl Maps {
+        fn goes_on(&mut self, slot: u32) {
+            if self.is_busy
+                && let (Some(prompted), Some(sent)) =
+                    (self.prompted.get_mut(&slot), self.sent.get_mut(&slot))
+            {
+                let (ack, edge) = (prompted.confirmation.ack(), prompted.confirmation.edge());
+                prompted.confirmation = Confirmation::new(ack + 10, edge + 10);
+                (sent.ack, sent.told, sent.told_edge) = (ack + 10, ack + 10, edge + 10);
+            }
+        }
     }
 
     impl GuardEffects for Maps {
@@ -317,12 +349,33 @@ mod tests {
             true
         }
 
+        fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool {
+            self.prompted.insert(slot, prompted);
+            true
+        }
+
+        fn prompted(&mut self, slot: u32) -> Confirmation {
+            let prompted = self.prompted.get(&slot).copied().unwrap_or_default();
+            self.goes_on(slot);
+            prompted.confirmation
+        }
+
+        fn prompted_at(&mut self) -> Nanos {
+            self.prompted_at
+        }
+
         fn sent(&mut self, slot: u32) -> Option<Sent> {
-            self.sent.get(&slot).copied()
+            let sent = self.sent.get(&slot).copied();
+            self.goes_on(slot);
+            sent
         }
 
         fn send(&mut self, packet: &[u8]) {
             panic!("there is nothing to be said: {packet:?}");
+        }
+
+        fn runs(&mut self, _flow: FlowKey) -> bool {
+            true
         }
 
         fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
@@ -434,6 +487,33 @@ mod tests {
         guard.process_record(&confirm, 7 * MS, &mut maps);
         assert!(guard.guards(flow));
         assert_eq!(maps.confirmed[&slot], Confirmation::new(300, 5_300));
+    }
+
+    #[test]
+    fn a_flow_of_which_the_gate_takes_confirmations_while_it_is_looked_at_stays_guarded() {
+        let (mut guard, mut maps) = (guard(4), Maps::default());
+        let numbers = numbers();
+        let flow = numbers.flow;
+        guard.adopt(&numbers, MS, &mut maps);
+        guard.heard(2 * MS, &mut maps);
+        let mut confirm = Confirm {
+            flow,
+            client_isn: guard.flows[&flow].client_isn,
+            ack: 300,
+            edge: 5_300,
+            sack: Sack::default(),
+        };
+        guard.process_record(&Record::Confirm(confirm), 3 * MS, &mut maps);
+        assert!(guard.guards(flow));
+        maps.is_busy = true;
+        for ms in 4..100 {
+            confirm.ack += 10;
+            guard.process_record(&Record::Confirm(confirm), ms * MS, &mut maps);
+            guard.poll(ms * MS + RECHECK_SOON, &mut maps);
+            guard.heard(ms * MS + RECHECK_SOON, &mut maps);
+            guard.poll(ms * MS + RECHECK, &mut maps);
+            assert!(guard.guards(flow), "after {ms} ms");
+        }
     }
 
     #[test]

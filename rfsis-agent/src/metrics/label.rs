@@ -45,6 +45,8 @@ label! {
         Ok = "ok",
         /// The system refused.
         SendFailed = "send_failed",
+        /// Not sent: the agent had slept for longer than a lease since it was made.
+        Stale = "stale",
     }
 }
 

@@ -22,6 +22,7 @@ use std::time::Duration;
 use rfsis_common::maps::State;
 
 use super::{Action, Event, Fact, Nanos, Node, Phase, TakeoverReason};
+use crate::fault::faulty;
 use crate::heartbeat::Heartbeat;
 use crate::heartbeat::wish::{Objection, Wish};
 
@@ -42,7 +43,12 @@ impl Node {
         self.offered_at = now;
         self.double_active = false;
         // What is between the programs on ingress is still to be copied.
-        self.set_kernel_state(State::HandingOver, self.lease_until, actions);
+        let state = if faulty!(OfferTooEarly) {
+            State::Active
+        } else {
+            State::HandingOver
+        };
+        self.set_kernel_state(state, self.lease_until, actions);
         self.dispatch_heartbeat(now, actions);
         actions.push(Action::Report(Fact::HandingOver(self.epoch)));
     }

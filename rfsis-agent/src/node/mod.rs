@@ -38,10 +38,12 @@ mod simulation;
 mod tests;
 mod view;
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use rfsis_common::maps::State;
 
+use crate::fault::faulty;
 use crate::heartbeat::session::{Freshness, PeerSession, Refusal};
 use crate::heartbeat::wish::{Objection, Wish};
 use crate::heartbeat::{Heartbeat, Nanos};
@@ -146,6 +148,8 @@ pub struct Node {
     peer_up: bool,
     peer_fenced: bool,
     double_active: bool,
+    /// The peer has been active, or about to be, in this epoch or one behind it.
+    contested: bool,
     unproven_at: Option<Nanos>,
     complained_at: Option<Nanos>,
 
@@ -182,6 +186,7 @@ impl Node {
             peer_up: false,
             peer_fenced: false,
             double_active: false,
+            contested: false,
             unproven_at: None,
             complained_at: None,
             offered_at: now,
@@ -205,6 +210,13 @@ impl Node {
         }
     }
 
+    /// Whether a heartbeat that claims, holds or offers the VIP is not to be sent any more: who made it has slept
+    /// since, for longer than a lease, and the peer may have decided meanwhile. As good as lost.
+    pub fn is_stale(&self, heartbeat: &Heartbeat, now: Nanos) -> bool {
+        let decides = speaks(heartbeat.state) || heartbeat.state == State::HandingOver;
+        decides && now > heartbeat.sent_ns.saturating_add(self.lease)
+    }
+
     /// Epoch of this node, 0 before any takeover.
     pub fn epoch(&self) -> u64 {
         self.epoch
@@ -222,8 +234,12 @@ impl Node {
 
     /// Whether the peer was heard within the takeover time.
     pub fn peer_heard(&self, now: Nanos) -> bool {
-        self.peer
-            .is_some_and(|p| now < p.heard_at.saturating_add(self.takeover_time))
+        self.peer.is_some_and(|p| self.is_recent(p.heard_at, now))
+    }
+
+    /// Whether `at` is no longer ago than the takeover time.
+    pub fn is_recent(&self, at: Nanos, now: Nanos) -> bool {
+        now < at.saturating_add(self.takeover_time)
     }
 
     /// When the next [`Event::Tick`] is due; `Nanos::MAX` after a stop.
@@ -300,7 +316,9 @@ impl Node {
         self.process_wish(&heartbeat, actions);
 
         let speaks = speaks(heartbeat.state);
-        let outranks_us = (heartbeat.epoch, heartbeat.node) > (self.epoch, self.config.node);
+        let theirs = rank(heartbeat.epoch, heartbeat.state, heartbeat.node);
+        let outranks_us =
+            theirs > rank(self.epoch, self.state(), self.config.node) && !faulty!(IgnoreEpoch);
         let deadline = arrival.saturating_add(self.takeover_time);
         let newly_fenced = heartbeat.state == State::Fenced && !self.peer_fenced;
         self.peer_fenced = heartbeat.state == State::Fenced;
@@ -355,7 +373,10 @@ impl Node {
             Phase::TakingOver | Phase::Active if speaks => {
                 self.begin_double_active(&heartbeat, now, actions);
             }
-            Phase::TakingOver | Phase::Active => self.end_double_active(actions),
+            Phase::TakingOver | Phase::Active => {
+                self.end_double_active(actions);
+                self.outgrow(&heartbeat);
+            }
             // Silent already, so there is nothing to contest: it keeps whoever does speak.
             Phase::Fenced { .. } if speaks => {
                 self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
@@ -378,6 +399,18 @@ impl Node {
             | Phase::Fenced { .. }
             | Phase::HandingOver { .. }
             | Phase::Stopped => {}
+        }
+    }
+
+    /// A standby that had begun to take over, in an epoch that is not below this one, and has given up, knows
+    /// nothing any more of the connections that it followed. The next epoch is one in which it has confirmed nothing.
+    fn outgrow(&mut self, heartbeat: &Heartbeat) {
+        let contests = heartbeat.epoch >= self.epoch;
+        if heartbeat.state != State::Standby {
+            self.contested |= contests;
+        } else if self.contested || heartbeat.epoch > self.epoch {
+            self.contested = false;
+            self.epoch = self.next_epoch();
         }
     }
 
@@ -457,11 +490,16 @@ impl Node {
                 actions.push(Action::Report(Fact::PeerDown { peer, silent_for }));
             }
         }
+        let early = if faulty!(TakeOverEarly) {
+            self.takeover_time / 2
+        } else {
+            0
+        };
         match self.phase {
             Phase::Standby {
                 deadline: Some(deadline),
                 offered,
-            } if now >= deadline => {
+            } if now >= deadline.saturating_sub(early) => {
                 let reason = Self::reason_of(offered);
                 if self.peer_may_decide() {
                     self.claim(reason, now, actions);
@@ -527,7 +565,9 @@ impl Node {
     }
 
     fn claim(&mut self, reason: TakeoverReason, now: Nanos, actions: &mut Vec<Action>) {
-        if reason != TakeoverReason::Unanswered {
+        // Who claims anew, having slept, says the same again: it was not contradicted.
+        let again = matches!(self.phase, Phase::Claiming { .. }) && self.epoch > self.seen_epoch;
+        if reason != TakeoverReason::Unanswered && !again {
             self.epoch = self.next_epoch();
         }
         self.phase = Phase::Claiming {
@@ -547,6 +587,7 @@ impl Node {
         actions: &mut Vec<Action>,
     ) {
         self.phase = Phase::TakingOver;
+        self.contested = false;
         self.wish = Wish::None;
         self.set_kernel_state(State::Active, lease_until, actions);
         actions.push(Action::TakeOver {
@@ -679,6 +720,13 @@ impl Node {
 }
 
 /// States that count as speaking for the VIP, or being about to.
+/// Who is to be active, the greatest. At the same epoch it is who is already: who claims it then has not heard
+/// of that, and its connections are from before. States only grow within an epoch, so of two that have not heard
+/// all of each other at most one yields.
+fn rank(epoch: u64, state: State, node: Ipv4Addr) -> (u64, bool, Ipv4Addr) {
+    (epoch, state == State::Active, node)
+}
+
 fn speaks(state: State) -> bool {
     matches!(state, State::Active | State::TakingOver)
 }

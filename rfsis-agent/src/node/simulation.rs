@@ -262,6 +262,7 @@ impl World {
                 }
             }
             Action::RenewLease { until } => h.kernel.lease_ns = until,
+            Action::SendHeartbeat { heartbeat, .. } if h.node.is_stale(&heartbeat, now) => {}
             Action::SendHeartbeat { heartbeat, .. } => {
                 let sequence = heartbeat.sequence;
                 if !self.cut && !self.rng.one_in(self.trouble.loss) {

@@ -268,10 +268,16 @@ fn replays_of_unproven_sessions_cannot_keep_the_vip_dead() {
 }
 
 #[test]
-fn of_two_active_nodes_the_lower_epoch_yields_then_the_lower_address() {
-    for (epoch, yields) in [(2, false), (3, true), (4, true)] {
+fn of_two_active_nodes_the_lower_epoch_yields_then_who_claims_then_the_lower_address() {
+    for (state, epoch, yields) in [
+        (State::Active, 2, false),
+        (State::Active, 3, true),
+        (State::Active, 4, true),
+        (State::TakingOver, 3, false),
+        (State::TakingOver, 4, true),
+    ] {
         let mut bench = Bench::active();
-        let actions = bench.hear(State::Active, epoch);
+        let actions = bench.hear(state, epoch);
         let reason = YieldReason::Outranked;
         assert_eq!(
             count(&actions, Action::Yield { reason }),
@@ -290,7 +296,7 @@ fn of_two_active_nodes_the_lower_epoch_yields_then_the_lower_address() {
         assert_eq!(
             bench.node.state() == State::Standby,
             yields,
-            "epoch {epoch}"
+            "{state:?}, epoch {epoch}"
         );
     }
 }
@@ -609,4 +615,55 @@ fn a_node_that_is_not_active_objects_by_itself_and_all_say_what_is_at_risk() {
         (said.objection, said.at_risk),
         (Some(Objection::NotActive), 9)
     );
+}
+
+/// Such a standby has forgotten the connections that it followed.
+#[test]
+fn an_active_goes_on_to_the_next_epoch_when_its_standby_has_tried_to_take_over() {
+    for (heard, epoch) in [
+        (&[(State::Standby, 3)][..], 3),
+        (&[(State::Standby, 2)], 3),
+        // Before it had heard of the active.
+        (&[(State::Fenced, 2), (State::Standby, 3)], 3),
+        (&[(State::Fenced, 3), (State::Standby, 3)], 4),
+        // Its one heartbeat of that was lost.
+        (&[(State::Standby, 5)], 6),
+        (
+            &[
+                (State::Standby, 5),
+                (State::Standby, 5),
+                (State::Standby, 6),
+            ],
+            6,
+        ),
+    ] {
+        let mut bench = Bench::active();
+        for (state, epoch) in heard {
+            bench.hear(*state, *epoch);
+        }
+        assert_eq!(bench.node.state(), State::Active);
+        assert_eq!(bench.node.epoch(), epoch, "{heard:?}");
+    }
+}
+
+#[test]
+fn what_decides_about_the_vip_is_not_said_a_lease_late() {
+    let mut bench = Bench::active();
+    let mut heartbeat = sent(&bench.run(bench.now + 100 * MS))[0];
+    let lapses = heartbeat.sent_ns + bench.node.lease;
+    for (state, decides) in [
+        (State::Active, true),
+        (State::TakingOver, true),
+        (State::HandingOver, true),
+        (State::Standby, false),
+        (State::Fenced, false),
+    ] {
+        heartbeat.state = state;
+        assert!(!bench.node.is_stale(&heartbeat, lapses), "{state:?}");
+        assert_eq!(
+            bench.node.is_stale(&heartbeat, lapses + 1),
+            decides,
+            "{state:?}"
+        );
+    }
 }

@@ -80,6 +80,11 @@ impl Connections {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether this connection runs.
+    pub fn runs(&self, flow: &FlowKey) -> bool {
+        self.running().contains_key(flow)
+    }
+
     /// Asks a connection for a snapshot, which comes out of [`Snapshots`] when its task has its turn.
     pub fn ask(&self, flow: FlowKey, join: u32) {
         match self.running().get(&flow) {

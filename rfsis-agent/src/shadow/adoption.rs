@@ -69,11 +69,12 @@ impl Shadow {
             Readiness::Ending
         } else if now < self.settled_at() {
             Readiness::Unsettled(self.settled_at())
+        } else if self.state() == State::SynReceived {
+            Readiness::Incomplete
         } else if (!self.exact || self.is_behind()) && self.una == self.max() {
             Readiness::Unheard
         } else if !self.exact
             || self.is_behind()
-            || self.state() == State::SynReceived
             || self.reorder.is_held_behind(self.held)
             || self.ahead.is_some()
             || self.claimed.is_some()

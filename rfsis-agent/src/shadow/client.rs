@@ -3,7 +3,7 @@
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::TcpControl;
 
-use super::{Context, DISBELIEF, FAR, Outgoing, REORDER_LIMIT, Shadow, Source, is_far};
+use super::{Context, DISBELIEF, FAR, FAR_AHEAD, Outgoing, REORDER_LIMIT, Shadow, Source, is_far};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, clamp_ack, distance, later};
 use crate::segment::Segment;
@@ -31,7 +31,7 @@ impl Shadow {
         let reach = distance(self.held_next(), self.active_edge).clamp(1 << 20, FAR);
         if end < self.taken as i64 - i64::from(FAR)
             || start > self.held as i64 + i64::from(reach)
-            || is_far(self.una, ack)
+            || self.is_incredible(ack, cx)
         {
             self.wants_ack = self.live;
             return;
@@ -41,6 +41,15 @@ impl Shadow {
         let Some(ack) = self.take_ack(segment, ack, cx) else {
             return;
         };
+        let has_bytes = !segment.payload.is_empty() || segment.fin;
+        if has_bytes && !before(self.held_next(), segment.end()) {
+            self.repeated = Some((segment.seq, segment.end()));
+        }
+        if !segment.payload.is_empty() && start < self.held as i64 {
+            // It has not even heard of what is held: it will come to what is missing, however slowly.
+            self.hole = None;
+            self.ahead_since = None;
+        }
         let mut delivered = false;
         // In SYN-RECEIVED and with a closed window smoltcp would not look at an ACK behind data.
         if self.state() == State::SynReceived {
@@ -74,6 +83,17 @@ impl Shadow {
         self.pump(cx);
         if self.live && (self.ahead_stays(cx.now) || self.hole_stays(cx.now)) {
             self.give_up(cx);
+        }
+    }
+
+    /// Whether an acknowledgement belongs to another life of the flow. Where all that the active copies is true,
+    /// and of a guarded client that is live, it may be far ahead: copies of a fast download were lost.
+    fn is_incredible(&self, ack: u32, cx: &Context<'_>) -> bool {
+        let ahead = distance(self.una, ack);
+        if self.handshake.guarded && (self.live || cx.acks_are_true) {
+            !(-FAR..=FAR_AHEAD).contains(&ahead)
+        } else {
+            is_far(self.una, ack)
         }
     }
 

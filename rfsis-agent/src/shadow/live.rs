@@ -12,6 +12,7 @@ use smoltcp::wire::{
 };
 
 use super::{BUFFER, Context, FAR, Outgoing, REORDER_LIMIT, Shadow, Source, tcp_edge};
+use crate::fault::faulty;
 use crate::heartbeat::Nanos;
 use crate::lockstep::{before, distance, later, window_field};
 use crate::metrics::ResetReason;
@@ -23,18 +24,22 @@ use crate::wire::{bare_repr, emit_packet, instant};
 const KERNEL_WINDOW: u32 = 2 * 2 * RECEIVE_BUFFER as u32;
 
 impl Shadow {
+    /// The numbers are inferred from what was perhaps not the client's first ACK: where the server speaks first it
+    /// may have been of one of its later bytes.
+    pub(super) fn is_guessed(&self) -> bool {
+        self.inferred
+            && matches!(self.source, Source::Handler(_))
+            && self.written > 0
+            && self.taken == 0
+    }
+
     /// Whether the flow can go on at takeover, else why not.
     pub fn fate(&self) -> Result<(), ResetReason> {
         if self.diverged {
             Err(ResetReason::Diverged)
-        } else if self.inferred
-            && matches!(self.source, Source::Handler(_))
-            && self.written > 0
-            && self.taken == 0
-        {
-            // The server speaks first: the "first" ACK may have been one of its later bytes.
+        } else if self.is_guessed() {
             Err(ResetReason::Lagging)
-        } else if matches!(self.source, Source::Active { complete: false }) && !self.is_pristine() {
+        } else if self.lacks_answer() {
             Err(ResetReason::Unpredictable)
         } else if self.lag() > 0
             || self.has_lost()
@@ -45,6 +50,11 @@ impl Shadow {
         } else {
             Ok(())
         }
+    }
+
+    /// The answer has begun, not all of it was overheard, and nobody else can compute it.
+    pub(super) fn lacks_answer(&self) -> bool {
+        matches!(self.source, Source::Active { complete: false }) && !self.is_pristine()
     }
 
     /// Nothing was sent to the client yet, so a handler may still start from the beginning.
@@ -60,10 +70,10 @@ impl Shadow {
     pub fn go_live(&mut self, now: Nanos) -> bool {
         self.live = true;
         self.live_since = now;
+        if let Some(clock) = &mut self.clock {
+            clock.leap(now);
+        }
         if self.handshake.guarded {
-            if let Some(clock) = &mut self.clock {
-                clock.leap(now);
-            }
             // What was confirmed is more than the active's kernel can have promised of it.
             let most = self.held_next().wrapping_add(KERNEL_WINDOW);
             if before(most, self.active_edge) {
@@ -159,19 +169,29 @@ impl Shadow {
         );
         let mut repr = TcpRepr::parse(&tcp, &from, &to, &ChecksumCapabilities::ignored()).ok()?;
         let start = self.lockstep.to_wire(repr.seq_number.0 as u32);
-        self.sent_next = later(
-            self.sent_next,
-            start.wrapping_add(repr.segment_len() as u32),
-        );
         if !repr.payload.is_empty() {
             self.tail
                 .sent(start.wrapping_add(repr.payload.len() as u32), now);
         }
+        // smoltcp repeats its oldest segment whole though the window has become smaller than that, with the FIN
+        // behind it, and takes the rest for sent: the tail probe comes back to it. One byte may always be sent
+        // (RFC 9293 section 3.8.6.1).
+        let room = distance(start, self.client_edge).max(1) as usize;
+        if repr.payload.len() > room {
+            repr.payload = &repr.payload[..room];
+            if repr.control == TcpControl::Fin {
+                repr.control = TcpControl::None;
+            }
+        }
+        self.sent_next = later(
+            self.sent_next,
+            start.wrapping_add(repr.segment_len() as u32),
+        );
         // smoltcp knows nothing of what the active sent, and rewinds when it retransmits. An ACK from
         // before what the client has received is not acceptable to it (RFC 9293 section 3.10.7.4).
         let seq = match repr.control {
             TcpControl::None if repr.payload.is_empty() => self.acceptable_seq(),
-            _ => start,
+            _ => start.wrapping_add(faulty!(SpeakOneOff).into()),
         };
         repr.seq_number = TcpSeqNumber(seq as i32);
         repr.timestamp = self
@@ -239,8 +259,19 @@ impl Shadow {
 
     /// A reset that the client accepts: at the number that it expects next, as far as is known.
     pub fn reset_packet(&self) -> Vec<u8> {
-        let seq = self.ahead.or(self.claimed).unwrap_or(self.una);
-        reset_packet(self.flow, self.vip, seq, Some(self.held_next()))
+        reset_packet(self.flow, self.vip, self.told(), Some(self.held_next()))
+    }
+
+    /// What the client has got, as far as is known.
+    fn told(&self) -> u32 {
+        self.ahead.or(self.claimed).unwrap_or(self.una)
+    }
+
+    /// A reset for a client of which copies may be missing. One that has got more than is known here does not
+    /// believe it, but answers the probe, and the kernel, which does not know the flow, resets it by the answer.
+    pub fn last_words(&self) -> Vec<Vec<u8>> {
+        let probe = probe_packet(self.flow, self.vip, self.told(), self.held_next());
+        vec![self.reset_packet(), probe]
     }
 }
 

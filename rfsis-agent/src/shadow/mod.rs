@@ -38,6 +38,7 @@ use smoltcp::wire::{
     TcpTimestampRepr,
 };
 
+use crate::fault::faulty;
 use crate::handler::{HandlerKind, Output, StreamHandler};
 use crate::heartbeat::Nanos;
 use crate::lockstep::{Lockstep, TimestampClock, before, distance, later, window_field};
@@ -62,13 +63,17 @@ pub const REORDER_LIMIT: usize = 2 << 20;
 /// A segment that lies so many bytes from what is expected belongs to another life of the flow.
 pub const FAR: i32 = 16 << 20;
 
+/// So many bytes may the client of a guarded flow have got that the shadow has not written: those of a second
+/// at 8 Gbit/s.
+const FAR_AHEAD: i32 = 1 << 30;
+
 /// Whether two sequence numbers cannot belong to the same life of a flow.
 fn is_far(a: u32, b: u32) -> bool {
     distance(a, b).unsigned_abs() > FAR as u32
 }
 
 /// A client that has lost packets fills the hole within some retransmission timeouts, ns.
-const HOLE_PATIENCE: Nanos = 5_000_000_000;
+const HOLE_PATIENCE: Nanos = 8_000_000_000;
 
 /// The client of a guarded flow repeats what is missing, however far it has backed off by then, ns.
 const GUARDED_PATIENCE: Nanos = 60_000_000_000;
@@ -223,6 +228,8 @@ pub struct Shadow {
     ahead_since: Option<Nanos>,
     /// The client was heard since the last confirmation.
     touched: bool,
+    /// What it has sent again since then, though all of that is held.
+    repeated: Option<(u32, u32)>,
     exposed: bool,
     live: bool,
     /// When it went live, ns.
@@ -392,6 +399,7 @@ impl Shadow {
             hole: None,
             ahead_since: None,
             touched: false,
+            repeated: None,
             exposed: false,
             live: false,
             live_since: 0,
@@ -448,12 +456,14 @@ impl Shadow {
 
     /// How well the flow is protected now.
     pub fn condition(&self) -> FlowCondition {
-        if self.live {
+        if self.live && self.state() != State::SynReceived {
             FlowCondition::Live
         } else if self.diverged {
             FlowCondition::Diverged
-        } else if self.lag() > 0 || self.has_lost() {
+        } else if (!self.live && (self.lag() > 0 || self.has_lost())) || self.is_guessed() {
             FlowCondition::Lagging
+        } else if self.lacks_answer() {
+            FlowCondition::Unprotected
         } else if self.state() == State::SynReceived {
             FlowCondition::Handshake
         } else {
@@ -505,9 +515,7 @@ impl Shadow {
 
     /// The client was told, by the active, that everything before `ack` had arrived.
     pub fn note_told(&mut self, ack: u32) {
-        if !is_far(self.held_next(), ack) {
-            self.active_ack = later(self.active_ack, ack);
-        }
+        self.active_ack = later(self.active_ack, ack);
     }
 
     /// Notes that the flow is to be confirmed; returns whether that is news.
@@ -516,7 +524,8 @@ impl Shadow {
     }
 
     /// What this shadow holds, for the active's ACK gate: one confirmation, or as many as it takes to name
-    /// the ranges that grew behind holes since the last time, latest first (RFC 2018 section 4).
+    /// the ranges that grew behind holes since the last time, latest first (RFC 2018 section 4). Before them the
+    /// one that the client has sent again: it has not heard that it arrived (RFC 2883 section 4).
     ///
     /// `room`: bytes that it may still store.
     pub fn confirm(&mut self, room: usize, mut tell: impl FnMut(Confirm)) {
@@ -530,14 +539,16 @@ impl Shadow {
         self.active_edge = later(self.active_edge, edge);
         let first = self.handshake.client_isn.wrapping_add(1);
         let grown = self.reorder.take_grown(self.held);
-        let blocks: Vec<_> = grown
+        let grown = grown
             .iter()
-            .map(|(l, r)| (first.wrapping_add(*l as u32), first.wrapping_add(*r as u32)))
-            .collect();
+            .map(|(l, r)| (first.wrapping_add(*l as u32), first.wrapping_add(*r as u32)));
+        let blocks: Vec<_> = self.repeated.take().into_iter().chain(grown).collect();
         let confirm = Confirm {
             flow: self.flow,
             client_isn: self.handshake.client_isn,
-            ack: self.held_next(),
+            ack: self
+                .held_next()
+                .wrapping_add(faulty!(ConfirmTooMuch).into()),
             edge: self.active_edge,
             sack: Sack::default(),
         };
@@ -548,6 +559,12 @@ impl Shadow {
             let sack = blocks.iter().copied().collect();
             tell(Confirm { sack, ..confirm });
         }
+    }
+
+    /// Up to which sequence number the active may let the client send.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn confirmed_edge(&self) -> u32 {
+        self.active_edge
     }
 
     /// Gives back what an idle flow need not hold.
@@ -663,7 +680,7 @@ impl Shadow {
     /// always gets an answer. It must be the shadow's own number: built on the client's, the byte
     /// would fall into a hole and be kept.
     fn poke(&mut self, cx: &mut Context<'_>) {
-        let seq = self.expected().wrapping_sub(1);
+        let seq = self.expected().wrapping_sub((!faulty!(PokeAhead)).into());
         self.feed_at(seq, TcpControl::Psh, self.una, &[0], cx);
     }
 

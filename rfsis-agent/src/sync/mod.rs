@@ -4,11 +4,13 @@
 //! what a late join sends in parts, and [`replay`] remembers which datagrams came already.
 
 pub mod channel;
+pub mod prompt;
 pub mod record;
 pub mod replay;
 pub mod snapshot;
 
 pub use channel::{Channel, MAX_DATAGRAM, Opened, SyncError};
+pub use prompt::{Prompts, Term};
 pub use record::{Confirm, MAX_PART_LEN, Offer, Open, Part, Record, RecordError, Records, Sack};
 pub use snapshot::{MAX_SNAPSHOT, Snapshot};
 

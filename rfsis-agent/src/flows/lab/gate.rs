@@ -2,89 +2,9 @@
 //!
 //! The gate's maps are a model; what decides is [`rfsis_common::ack_gate`], as in the kernel.
 
-use rfsis_common::ack_gate::{
-    AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide, note_release,
-};
-use rfsis_common::frame::tcp_flags;
-use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
-
 use super::*;
-use crate::guard::{Guard, GuardConfig, GuardEffects};
-use crate::segment::{self, Options};
+use crate::guard::Guard;
 use crate::sync::{Record, Snapshot};
-
-const SLOTS: usize = 64;
-
-/// The gate's maps, and what the guard sends past it.
-#[derive(Debug, Default)]
-pub struct Maps {
-    guarding: bool,
-    guarded: HashMap<FlowKey, Guarded>,
-    confirmed: Vec<Confirmation>,
-    sent: Vec<Sent>,
-    now: Nanos,
-    released: Vec<Vec<u8>>,
-    /// Flows of which a snapshot is asked for.
-    wanted: Vec<(FlowKey, u32)>,
-}
-
-impl GuardEffects for Maps {
-    fn set_guarding(&mut self, on: bool) {
-        self.guarding = on;
-    }
-
-    fn start(&mut self, slot: u32, sent: Sent) -> bool {
-        self.sent[slot as usize] = sent;
-        true
-    }
-
-    fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool {
-        self.guarded.insert(flow, guarded);
-        true
-    }
-
-    fn withdraw(&mut self, flow: FlowKey) {
-        self.guarded.remove(&flow);
-    }
-
-    fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
-        self.confirmed[slot as usize] = confirmation;
-        true
-    }
-
-    fn sent(&mut self, slot: u32) -> Option<Sent> {
-        Some(self.sent[slot as usize])
-    }
-
-    fn send(&mut self, packet: &[u8]) {
-        let (flow, segment) = parse(packet, Direction::FromVip).expect("a sound packet");
-        if let Some(guarded) = self.guarded.get(&flow)
-            && !segment.syn
-        {
-            let sent = &mut self.sent[guarded.slot as usize];
-            note_release(&outgoing(&segment), sent, guarded.shift);
-            sent.at_ns = self.now;
-        }
-        self.released.push(packet.to_vec());
-    }
-
-    fn take_snapshot(&mut self, flow: FlowKey, join: u32) {
-        self.wanted.push((flow, join));
-    }
-}
-
-impl Maps {
-    /// What was sent past the gate since the last call.
-    pub fn take_released(&mut self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut self.released)
-    }
-
-    /// The gate holds an acknowledgement of the kernel's.
-    pub fn holds(&mut self, flow: FlowKey, ack: u32, flags: u32) {
-        let sent = &mut self.sent[self.guarded[&flow].slot as usize];
-        (sent.ack, sent.flags) = (ack, flags);
-    }
-}
 
 /// A datagram of the sync channel: when it arrives, for whom, whether an answer is wanted, what it says.
 #[derive(Debug)]
@@ -101,8 +21,6 @@ pub struct Gate {
     pub guard: Guard,
     pub maps: Maps,
     channel: VecDeque<Datagram>,
-    /// Held, lowered, passed.
-    pub verdicts: [usize; 3],
     /// Datagrams of the sync channel that are lost, per mille.
     pub sync_loss: u64,
     pub silent_standby: bool,
@@ -114,24 +32,15 @@ pub struct Gate {
 
 impl Gate {
     pub fn new(now: Nanos) -> Self {
-        let mut guard = Guard::new(GuardConfig {
-            vip: VIP,
-            timeout: 30 * MS,
-            max_flows: SLOTS,
-            idle_timeout: 3600 * SECOND,
-            copied: true,
-        });
+        let mut guard = guard(30 * MS, true);
         guard.go_active(now);
         Self {
             guard,
             maps: Maps {
-                confirmed: vec![Confirmation::default(); SLOTS],
-                sent: vec![Sent::default(); SLOTS],
                 now,
                 ..Maps::default()
             },
             channel: VecDeque::new(),
-            verdicts: [0; 3],
             sync_loss: 0,
             silent_standby: false,
             no_snapshots: false,
@@ -150,60 +59,21 @@ impl Gate {
     }
 
     /// What becomes of a packet that the active's kernel sends.
-    fn leave(&mut self, packet: &[u8]) -> Option<Vec<u8>> {
-        let (flow, segment) = parse(packet, Direction::FromVip).unwrap();
-        let known = self.maps.guarded.get(&flow).copied();
-        if segment.syn {
-            let this = known.is_some_and(|g| segment.ack == Some(g.client_isn.wrapping_add(1)));
-            if this {
-                return Some(packet.to_vec());
-            }
-            let kind = if self.maps.guarding {
-                OpeningKind::Held
-            } else {
-                OpeningKind::Passed
-            };
-            let now = self.maps.now;
-            self.guard
-                .process_opening(packet, kind, now, &mut self.maps);
-            return (kind == OpeningKind::Passed).then(|| packet.to_vec());
-        }
-        let Some(guarded) = known else {
-            return Some(packet.to_vec());
-        };
-        let slot = guarded.slot as usize;
-        let confirmation = if self.maps.guarding {
-            self.maps.confirmed[slot]
-        } else {
-            Confirmation::OPEN
-        };
-        let sent = &mut self.maps.sent[slot];
+    fn leave(&mut self, packet: Vec<u8>) -> Option<Vec<u8>> {
+        let (_, packet) = self.maps.judge(packet);
         let now = self.maps.now;
-        sent.at_ns = now;
-        sent.version = sent.version.wrapping_add(2);
-        let decision = ack_decide(&outgoing(&segment), sent, confirmation, guarded.shift);
-        match decision.verdict {
-            AckVerdict::Held => {
-                self.verdicts[0] += 1;
-                return None;
-            }
-            AckVerdict::Lowered => self.verdicts[1] += 1,
-            AckVerdict::Passed => self.verdicts[2] += 1,
+        while let Some((kind, opening)) = self.maps.openings.pop_front() {
+            self.guard
+                .process_opening(&opening, kind, now, &mut self.maps);
         }
-        Some(rewrite(packet, |repr| {
-            repr.ack_number = repr.ack_number.map(|_| seq(decision.ack));
-            repr.window_len = decision.window;
-            if self.maps.guarding {
-                repr.sack_ranges = [None; 3];
-            }
-        }))
+        packet
     }
 
     /// Whether the standby may have a copy of what a client sent.
     fn copies(&self, packet: &[u8]) -> bool {
         let (flow, segment) = parse(packet, Direction::ToVip).unwrap();
-        match (self.maps.guarded.get(&flow), segment.ack) {
-            (Some(guarded), Some(ack)) => !before(self.maps.sent[guarded.slot as usize].next, ack),
+        match (self.maps.sent_next(&flow), segment.ack) {
+            (Some(next), Some(ack)) => !before(next, ack),
             _ => true,
         }
     }
@@ -211,32 +81,6 @@ impl Gate {
     fn next_wakeup(&self) -> Nanos {
         let channel = self.channel.iter().map(|d| d.at).min();
         self.guard.next_wakeup().min(channel.unwrap_or(Nanos::MAX))
-    }
-}
-
-/// The copy of a SYN-ACK that is held.
-pub fn held(mut packet: Vec<u8>) -> Vec<u8> {
-    // Behind an IPv4 header without options.
-    packet[20 + URGENT_OFFSET..][..2].copy_from_slice(&HELD_URGENT.to_be_bytes());
-    segment::complete_checksum(&mut packet);
-    packet
-}
-
-fn outgoing(segment: &Segment<'_>) -> Outgoing {
-    let flag = |set, bit| if set { bit } else { 0 };
-    let (tsval, tsecr) = segment.options.timestamp.unwrap_or((0, 0));
-    Outgoing {
-        flags: flag(segment.syn, tcp_flags::SYN)
-            | flag(segment.fin, tcp_flags::FIN)
-            | flag(segment.rst, tcp_flags::RST)
-            | flag(segment.ack.is_some(), tcp_flags::ACK),
-        seq: segment.seq,
-        ack: segment.ack.unwrap_or(0),
-        window: segment.window,
-        payload: segment.payload.len() as u32,
-        has_timestamp: segment.options.timestamp.is_some(),
-        tsval,
-        tsecr,
     }
 }
 
@@ -294,7 +138,7 @@ impl Lab {
         if let Some(track) = self.world.tracks.get_mut(&flow) {
             track.kernel_says(&segment);
         }
-        match gate.leave(&packet) {
+        match gate.leave(packet.clone()) {
             Some(packet) => {
                 self.check_told(&packet);
                 self.post(packet, Direction2::FromVip);
@@ -421,6 +265,11 @@ impl Lab {
                     };
                     gate.guard.heard(now, &mut gate.maps);
                     for record in &datagram.records {
+                        if let Record::Confirm(confirm) = record
+                            && gate.maps.take(confirm)
+                        {
+                            continue;
+                        }
                         gate.guard.process_record(record, now, &mut gate.maps);
                     }
                 }
@@ -452,43 +301,7 @@ impl Lab {
             .servers
             .iter()
             .rfind(|server| active.socket(server.handle).remote_endpoint() == remote)?;
-        let socket = active.socket(server.handle);
-        if !socket.may_send() || server.done {
-            return None;
-        }
-        let mut waiting = vec![0; socket.recv_queue()];
-        socket.peek_slice(&mut waiting).unwrap();
-        let input = [&server.input[..], &waiting].concat();
-        let next = track.client_isn.wrapping_add(1 + server.taken as u32);
-        let fin = socket.state() == State::CloseWait;
-        let ack = next.wrapping_add(input.len() as u32 + u32::from(fin));
-        let una = track.una?;
-        let acknowledged = distance(track.active_isn.wrapping_add(1), una) as usize;
-        let stamp = |ticks: fn() -> u32| track.timestamps.then(|| (ticks(), 0));
-        Some(Snapshot {
-            next,
-            ack,
-            edge: later(track.kernel_edge, ack),
-            unacknowledged: una,
-            sent: 0,
-            window: distance(una, track.client_edge).max(0) as u32,
-            client: Options {
-                mss: Some(track.mss as u16),
-                window_scale: track.client_shift.filter(|_| track.scaled),
-                sack_permitted: track.sack,
-                timestamp: stamp(client_ticks),
-            },
-            active: Options {
-                mss: Some(1460),
-                window_scale: track.scaled.then_some(track.shift),
-                sack_permitted: track.sack,
-                timestamp: stamp(active_ticks),
-            },
-            fin,
-            handler: server.handler.snapshot(),
-            input,
-            output: server.wrote.get(acknowledged..)?.to_vec(),
-        })
+        snapshot(track, active, server)
     }
 
     fn standby_hears(&mut self, record: &Record) {

@@ -8,90 +8,23 @@
 //!
 //! Everything that a live shadow sends is checked against what the flow's active had promised.
 
-use std::cell::Cell;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
-use std::net::Ipv4Addr;
+use std::collections::{BinaryHeap, VecDeque};
 
+use rfsis_common::ack_gate::OpeningKind;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
-use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
-use smoltcp::time::Instant;
-use smoltcp::wire::{
-    HardwareAddress, IpAddress, IpCidr, Ipv4Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
-    TcpTimestampRepr,
-};
+use smoltcp::socket::tcp::State;
 
-use self::kernel::Adopted;
-use super::{Effects, Flow, Flows, FlowsConfig, TakeoverReport};
-use crate::adopt::{Numbers, Unfinished};
-use crate::handler::{HandlerKind, StreamHandler, chargen_fill};
+use super::{Flow, Flows, FlowsConfig, TakeoverReport};
+use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
-use crate::lockstep::{before, distance, later, window_field};
-use crate::segment::{Segment, flow_key, parse};
-use crate::wire::{bare_repr, emit_packet, instant};
+use crate::lockstep::{before, distance};
+use crate::segment::{Segment, parse};
+pub(crate) use crate::simulation::*;
 
-mod app;
 mod gate;
-mod kernel;
-mod stack;
-mod world;
 
-pub use app::*;
 pub use gate::*;
-pub use stack::*;
-pub use world::*;
-
-pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 100);
-pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 50);
-pub const ECHO: u16 = 7;
-pub const DISCARD: u16 = 9;
-pub const DAYTIME: u16 = 13;
-pub const CHARGEN: u16 = 19;
-pub const MTU: usize = 1500;
-pub const MS: Nanos = 1_000_000;
-use super::SECOND;
-
-/// Deterministic numbers (SplitMix64).
-#[derive(Debug)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
-
-    fn happens(&mut self, per_mille: u64) -> bool {
-        per_mille > 0 && self.below(1000) < per_mille
-    }
-}
-
-pub fn config() -> FlowsConfig {
-    FlowsConfig {
-        vip: VIP,
-        services: HashMap::from([
-            (ECHO, HandlerKind::Echo),
-            (DISCARD, HandlerKind::Discard),
-            (DAYTIME, HandlerKind::Daytime),
-            (CHARGEN, HandlerKind::Chargen),
-        ]),
-        max_flows: 20_000,
-        max_bytes: 256 << 20,
-        idle_timeout: 3600 * SECOND,
-        mtu: MTU,
-        guarded: false,
-        copied: false,
-    }
-}
 
 /// Per mille, but for the times (ns).
 #[derive(Clone, Copy, Debug, Default)]
@@ -108,26 +41,6 @@ type InFlight = (Nanos, u64, Direction2, Vec<u8>);
 
 /// Decides on one segment: true loses it.
 pub type Filter = Box<dyn FnMut(&Segment<'_>, Direction) -> bool>;
-
-/// A segment on one line.
-struct Brief<'a>(&'a Segment<'a>);
-
-impl std::fmt::Debug for Brief<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Segment {
-            seq,
-            ack,
-            window,
-            payload,
-            ..
-        } = self.0;
-        let flag = |set, name| if set { name } else { "" };
-        let (syn, fin, rst) = (self.0.syn, self.0.fin, self.0.rst);
-        let flags = [flag(syn, "S"), flag(fin, "F"), flag(rst, "R")].concat();
-        let bytes = payload.len();
-        write!(f, "{seq}+{bytes}{flags} ack {ack:?} window {window}")
-    }
-}
 
 pub struct Lab {
     /// Prints what arrives.
@@ -245,20 +158,7 @@ impl Lab {
             self.client.wanted.insert(port, isn);
         }
         let handle = self.client.sockets.add(socket);
-        self.conns.push(Conn {
-            port,
-            plan,
-            handle,
-            sent: 0,
-            got: 0,
-            text: vec![],
-            next_read: 0,
-            next_write: 0,
-            ended: false,
-            reset: false,
-            eof: false,
-            peer_closed: false,
-        });
+        self.conns.push(Conn::new(port, plan, handle));
         self.conns.len() - 1
     }
 
@@ -289,7 +189,7 @@ impl Lab {
         let (flow, segment) = parse(packet, direction.into()).expect("a sound packet");
         if self.trace {
             let (now, brief) = (self.now, Brief(&segment));
-            eprintln!("{now} {direction:?} {} {brief:?}", flow.client_port);
+            eprintln!("{now} {direction:?} {} {brief}", flow.client_port);
         }
         match direction {
             Direction2::ToVip => {
@@ -599,20 +499,4 @@ impl Lab {
         );
         assert_eq!(self.flows.bytes, 0, "bytes are still counted");
     }
-}
-
-/// A segment by hand.
-pub fn by_hand(repr: &TcpRepr<'_>, direction: Direction) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let (from, to) = match direction {
-        Direction::ToVip => (CLIENT, VIP),
-        Direction::FromVip => (VIP, CLIENT),
-    };
-    emit_packet(&mut bytes, from, to, repr, &ChecksumCapabilities::default());
-    bytes
-}
-
-/// A sequence number for smoltcp.
-pub fn seq(number: u32) -> TcpSeqNumber {
-    TcpSeqNumber(number as i32)
 }

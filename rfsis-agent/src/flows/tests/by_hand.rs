@@ -503,7 +503,7 @@ fn a_hole_that_the_client_never_fills_ends_in_a_reset_and_one_that_it_fills_does
         let mut hand = Hand::open(DISCARD);
         // The copy of bytes 1..101 was lost, and so was that of the active's ACK.
         assert_eq!(hand.live().live, 1);
-        for second in 0..8 {
+        for second in 0..13 {
             hand.now += SECOND;
             hand.client(101 + second, TcpControl::Psh, b"x", Some(1));
             if fills && second == 3 {
@@ -695,4 +695,45 @@ fn a_client_that_waits_for_an_answer_to_what_is_lacking_here_is_reset_and_not_ad
     let took = reset_at.expect("a reset");
     assert!((5 * SECOND..12 * SECOND).contains(&took), "{took}");
     assert_eq!(hand.flows.gave_up(), 1);
+}
+
+/// It has not heard even of what is held: its retransmissions are far apart by then.
+#[test]
+fn a_client_that_repeats_what_is_held_is_waited_for() {
+    for repeats in [true, false] {
+        let mut hand = Hand::open(DISCARD);
+        hand.client(1, TcpControl::Psh, &[0; 100], Some(1));
+        assert_eq!(hand.live().live, 1);
+        for second in 0..13 {
+            hand.now += SECOND;
+            hand.client(201 + second, TcpControl::Psh, b"x", Some(1));
+            if repeats && second % 4 == 2 {
+                hand.client(1, TcpControl::Psh, &[0; 100], Some(1));
+            }
+        }
+        assert_eq!(hand.flows.gave_up(), u64::from(!repeats));
+    }
+}
+
+/// Of the client's first bytes nothing was kept: the shadow would wait for them for good.
+#[test]
+fn a_syn_ack_copy_that_comes_after_data_makes_no_shadow() {
+    let mut hand = Hand::with(config(), ECHO);
+    hand.client(0, TcpControl::Syn, b"", None);
+    hand.active(1, TcpControl::Psh, b"abc", Some(4));
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.active(0, TcpControl::Syn, b"", Some(1));
+    hand.client(4, TcpControl::None, b"", Some(4));
+    let census = hand.flows.census();
+    assert_eq!((census.lockstep, census.unprotected), (0, 1));
+}
+
+#[test]
+fn a_flow_whose_answer_is_not_all_there_is_called_unprotected() {
+    let mut hand = Hand::open(DAYTIME);
+    hand.active(1, TcpControl::Psh, b"1 Jan", Some(1));
+    assert_eq!(hand.flows.census().unprotected, 1);
+    hand.active(6, TcpControl::Fin, b" 1970", Some(1));
+    let census = hand.flows.census();
+    assert_eq!((census.lockstep, census.unprotected), (1, 0));
 }

@@ -250,6 +250,24 @@ fn half_open_handshakes_are_forgotten_on_both_nodes() {
     }
 }
 
+/// Of one that a takeover finds half-open the new active waits for the client as long as a kernel does. It is no
+/// connection yet that the next death could cost.
+#[test]
+fn a_handshake_that_nobody_completes_ends_behind_a_takeover() {
+    let mut lab = Lab::guarded(10);
+    lab.lose = Box::new(|segment, direction| {
+        direction == Direction::ToVip && segment.ack.is_some() && !segment.syn
+    });
+    lab.connect(Plan::echo(10), Tweaks::default());
+    lab.run_for(100 * MS);
+    assert_eq!(lab.fail_over(30 * MS).live, 1);
+    lab.run_for(50 * SECOND);
+    let census = lab.flows.census();
+    assert_eq!((census.handshake, census.live), (1, 0));
+    lab.run_for(20 * SECOND);
+    assert_eq!(lab.flows.census().handshake, 0);
+}
+
 /// An idle connection is asked for now and then, and stays what it is.
 #[test]
 fn an_idle_flow_stays_guarded() {
@@ -282,6 +300,33 @@ fn a_client_that_is_far_ahead_of_the_standby_is_caught_up_with() {
         let before = lab.conns[conn].got;
         lab.run_for(20 * MS);
         assert!(lab.conns[conn].got > before + 200_000, "not far ahead");
+        let report = lab.fail_over(30 * MS);
+        assert_eq!((report.live, report.resets.len()), (1, 0));
+        lab.faults.tap_loss = 0;
+        lab.finish();
+    }
+}
+
+/// More acknowledgements of a fast download were lost to the standby than may lie between two lives of a flow. The
+/// flow is as guarded as any: the client has sent nothing that the standby lacks.
+#[test]
+fn a_download_of_which_the_standby_missed_20_mib_goes_on() {
+    for heard_again in [true, false] {
+        let tweaks = Tweaks {
+            client_buffer: 1 << 20,
+            active_buffer: 1 << 20,
+            ..Tweaks::default()
+        };
+        let mut lab = Lab::guarded(12);
+        let conn = lab.connect(Plan::chargen(64 << 20), tweaks);
+        assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got >= 500_000));
+        lab.faults.tap_loss = 1000;
+        let before = lab.conns[conn].got;
+        assert!(lab.run_until(60 * SECOND, |lab| lab.conns[conn].got > before + (20 << 20)));
+        if heard_again {
+            lab.faults.tap_loss = 0;
+            assert!(lab.run_until(SECOND, |lab| lab.conns[conn].got > before + (22 << 20)));
+        }
         let report = lab.fail_over(30 * MS);
         assert_eq!((report.live, report.resets.len()), (1, 0));
         lab.faults.tap_loss = 0;

@@ -214,3 +214,57 @@ fn a_copy_does_not_replace_what_the_active_said() {
         .process_frame(&copy, Direction::FromVip, lab.now, &mut lab.world);
     assert_eq!(lab.flows.openings[&flow].answer, answer);
 }
+
+/// An agent that was started anew hears the confirmations that are meant for the old one: what it says to them
+/// must not end what the standby is about to take over.
+#[test]
+fn a_node_that_is_not_active_disowns_nothing() {
+    let mut hand = Hand::guarding();
+    let open = hand.shake();
+    hand.gate.guard.go_standby(&mut hand.gate.maps);
+    let confirm = Record::Confirm(Confirm {
+        flow: open.flow,
+        client_isn: open.client_isn,
+        ack: CLIENT_ISN + 1,
+        edge: CLIENT_ISN + 60_000,
+        sack: Sack::default(),
+    });
+    for record in [Record::Known(open), confirm] {
+        hand.hears(record);
+        assert_eq!(hand.says(), []);
+    }
+}
+
+/// An offer would end the shadow that has confirmed it, and might be declined.
+#[test]
+fn a_flow_that_is_confirmed_before_it_was_offered_is_not_offered() {
+    for confirmed in [true, false] {
+        let mut hand = Hand::guarding();
+        let open = hand.shake();
+        let Open {
+            flow, client_isn, ..
+        } = open;
+        hand.hears(Record::Known(open));
+        hand.hears(Record::Refuse { flow, client_isn });
+        assert!(!hand.gate.guard.guards(flow));
+        if confirmed {
+            let (ack, edge) = (CLIENT_ISN + 1, CLIENT_ISN + 60_001);
+            let sack = Sack::default();
+            hand.gate.maps.speaks(flow, ack);
+            hand.hears(Record::Confirm(Confirm {
+                flow,
+                client_isn,
+                ack,
+                edge,
+                sack,
+            }));
+        }
+        assert_eq!(hand.gate.guard.guards(flow), confirmed);
+        hand.now += 100 * MS;
+        hand.gate.guard.heard(hand.now, &mut hand.gate.maps);
+        hand.gate.guard.poll(hand.now, &mut hand.gate.maps);
+        let says = hand.says();
+        let offers = says.iter().any(|said| matches!(said, Record::Offer(_)));
+        assert_eq!(offers, !confirmed, "{says:?}");
+    }
+}

@@ -3,18 +3,20 @@
 use super::*;
 
 /// A connection's server on a stack.
-pub(super) struct Server {
-    pub(super) handle: SocketHandle,
-    pub(super) handler: Box<dyn StreamHandler>,
-    pub(super) input: Vec<u8>,
-    pub(super) done: bool,
+pub(crate) struct Server {
+    pub(crate) handle: SocketHandle,
+    pub(crate) handler: Box<dyn StreamHandler>,
+    pub(crate) input: Vec<u8>,
+    pub(crate) done: bool,
     /// Bytes of the client that the handler has taken, and all that it wrote.
-    pub(super) taken: u64,
-    pub(super) wrote: Vec<u8>,
+    pub(crate) taken: u64,
+    pub(crate) wrote: Vec<u8>,
+    /// Port of the client whose bytes these must be, and the first one's place in its stream.
+    pub(crate) expects: Option<(u16, u64)>,
 }
 
 impl Server {
-    pub(super) fn new(handle: SocketHandle, handler: Box<dyn StreamHandler>) -> Self {
+    pub(crate) fn new(handle: SocketHandle, handler: Box<dyn StreamHandler>) -> Self {
         Self {
             handle,
             handler,
@@ -22,11 +24,28 @@ impl Server {
             done: false,
             taken: 0,
             wrote: vec![],
+            expects: None,
+        }
+    }
+
+    /// What came in behind `old` bytes of input is what the client sent.
+    fn check(&self, old: usize) {
+        let Some((port, base)) = self.expects else {
+            return;
+        };
+        for (at, found) in self.input.iter().enumerate().skip(old) {
+            let offset = base + self.taken + at as u64;
+            let right = byte(port, offset);
+            hold!(
+                Exact,
+                *found == right,
+                "port {port}: the server got {found:#04x} at offset {offset}, not {right:#04x}"
+            );
         }
     }
 
     /// Drives the handler as far as it goes.
-    pub(super) fn run(&mut self, host: &mut Host) {
+    pub(crate) fn run(&mut self, host: &mut Host) {
         let socket = host.socket(self.handle);
         if !socket.may_send() || self.done {
             let _ = socket.recv(|data| (data.len(), ()));
@@ -35,10 +54,12 @@ impl Server {
         loop {
             if self.input.len() < 16 * 1024 && socket.can_recv() {
                 let input = &mut self.input;
+                let old = input.len();
                 let _ = socket.recv(|data| {
                     input.extend_from_slice(data);
                     (data.len(), ())
                 });
+                self.check(old);
             }
             let eof = !socket.may_recv() && socket.recv_queue() == 0;
             let (handler, input, wrote) = (&mut self.handler, &self.input, &mut self.wrote);
@@ -64,7 +85,7 @@ impl Server {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub(crate) enum Ending {
     /// FIN behind the last byte of the upload; then everything until the server's FIN.
     HalfClose,
     /// FIN once everything that is wanted has come.
@@ -76,20 +97,22 @@ pub enum Ending {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
-    pub service: u16,
-    pub upload: u64,
-    pub want: u64,
-    pub ending: Ending,
+pub(crate) struct Plan {
+    pub(crate) service: u16,
+    pub(crate) upload: u64,
+    pub(crate) want: u64,
+    pub(crate) ending: Ending,
     /// Reads this much at once, this often; nothing before `reads_from`.
-    pub read: (usize, Nanos),
-    pub reads_from: Nanos,
+    pub(crate) read: (usize, Nanos),
+    pub(crate) reads_from: Nanos,
     /// Writes this much at once, this often.
-    pub write: (usize, Nanos),
+    pub(crate) write: (usize, Nanos),
+    /// Writes when all that was sent has been echoed.
+    pub(crate) turns: bool,
 }
 
 impl Plan {
-    pub fn echo(bytes: u64) -> Self {
+    pub(crate) fn echo(bytes: u64) -> Self {
         Self {
             service: ECHO,
             upload: bytes,
@@ -98,10 +121,11 @@ impl Plan {
             read: (usize::MAX, 0),
             reads_from: 0,
             write: (usize::MAX, 0),
+            turns: false,
         }
     }
 
-    pub fn chargen(bytes: u64) -> Self {
+    pub(crate) fn chargen(bytes: u64) -> Self {
         Self {
             service: CHARGEN,
             upload: 0,
@@ -110,7 +134,7 @@ impl Plan {
         }
     }
 
-    pub fn discard(bytes: u64) -> Self {
+    pub(crate) fn discard(bytes: u64) -> Self {
         Self {
             service: DISCARD,
             want: 0,
@@ -119,7 +143,7 @@ impl Plan {
         }
     }
 
-    pub fn daytime(not_before: Nanos) -> Self {
+    pub(crate) fn daytime(not_before: Nanos) -> Self {
         Self {
             service: DAYTIME,
             upload: 0,
@@ -129,21 +153,21 @@ impl Plan {
         }
     }
 
-    pub fn half_close(self) -> Self {
+    pub(crate) fn half_close(self) -> Self {
         Self {
             ending: Ending::HalfClose,
             ..self
         }
     }
 
-    pub fn slow(self, chunk: usize, every: Nanos) -> Self {
+    pub(crate) fn slow(self, chunk: usize, every: Nanos) -> Self {
         Self {
             read: (chunk, every),
             ..self
         }
     }
 
-    pub fn typed(self, chunk: usize, every: Nanos) -> Self {
+    pub(crate) fn typed(self, chunk: usize, every: Nanos) -> Self {
         Self {
             write: (chunk, every),
             ..self
@@ -152,35 +176,55 @@ impl Plan {
 }
 
 /// Byte `at` of what the client behind `port` sends.
-pub fn byte(port: u16, at: u64) -> u8 {
+pub(crate) fn byte(port: u16, at: u64) -> u8 {
     let x = at.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(port) << 17);
     (x ^ (x >> 29)) as u8
 }
 
 #[derive(Debug)]
-pub struct Conn {
-    pub port: u16,
-    pub plan: Plan,
-    pub(super) handle: SocketHandle,
-    pub sent: u64,
-    pub got: u64,
-    pub(super) text: Vec<u8>,
-    pub(super) next_read: Nanos,
-    pub(super) next_write: Nanos,
-    pub ended: bool,
-    pub reset: bool,
-    pub eof: bool,
-    pub(super) peer_closed: bool,
+pub(crate) struct Conn {
+    pub(crate) port: u16,
+    pub(crate) plan: Plan,
+    pub(crate) handle: SocketHandle,
+    pub(crate) sent: u64,
+    pub(crate) got: u64,
+    pub(crate) text: Vec<u8>,
+    pub(crate) next_read: Nanos,
+    pub(crate) next_write: Nanos,
+    pub(crate) ended: bool,
+    pub(crate) reset: bool,
+    pub(crate) eof: bool,
+    pub(crate) peer_closed: bool,
 }
 
 impl Conn {
-    pub fn flow(&self) -> FlowKey {
+    /// A connection that has just been opened.
+    pub(crate) fn new(port: u16, plan: Plan, handle: SocketHandle) -> Self {
+        Self {
+            port,
+            plan,
+            handle,
+            sent: 0,
+            got: 0,
+            text: vec![],
+            next_read: 0,
+            next_write: 0,
+            ended: false,
+            reset: false,
+            eof: false,
+            peer_closed: false,
+        }
+    }
+
+    pub(crate) fn flow(&self) -> FlowKey {
         flow_key(CLIENT, self.port, self.plan.service)
     }
 
-    pub(super) fn run(&mut self, host: &mut Host, now: Nanos) {
+    pub(crate) fn run(&mut self, host: &mut Host, now: Nanos) {
         let socket = host.socket(self.handle);
-        if now >= self.next_write && self.sent < self.plan.upload && socket.can_send() {
+        let may_write = !self.plan.turns || self.got >= self.sent;
+        if now >= self.next_write && self.sent < self.plan.upload && may_write && socket.can_send()
+        {
             let left = self.plan.upload - self.sent;
             let limit = (self.plan.write.0 as u64).min(left) as usize;
             let (port, from) = (self.port, self.sent);
@@ -213,7 +257,8 @@ impl Conn {
         );
         if self.peer_closed && !self.eof && socket.recv_queue() == 0 {
             self.eof = true;
-            assert!(
+            hold!(
+                Exact,
                 self.got >= self.plan.want && self.sent == self.plan.upload,
                 "port {}: the server's FIN came after {} of {} bytes",
                 self.port,
@@ -249,7 +294,7 @@ impl Conn {
         }
     }
 
-    pub(super) fn check(&mut self, data: &[u8]) {
+    pub(crate) fn check(&mut self, data: &[u8]) {
         let mut expected = vec![0; data.len()];
         match self.plan.service {
             ECHO => {
@@ -262,20 +307,22 @@ impl Conn {
                 self.text.extend_from_slice(data);
                 expected.copy_from_slice(data);
             }
-            service => panic!("service {service} sent {} bytes", data.len()),
+            service => broken(
+                Invariant::Exact,
+                format!("service {service} sent {} bytes", data.len()),
+            ),
         }
-        let at = self.got;
         if let Some(wrong) = (0..data.len()).find(|&i| data[i] != expected[i]) {
-            panic!(
-                "port {}: a wrong byte at offset {}",
-                self.port,
-                at + wrong as u64
+            let (port, at) = (self.port, self.got + wrong as u64);
+            broken(
+                Invariant::Exact,
+                format!("port {port}: a wrong byte at offset {at}"),
             );
         }
         self.got += data.len() as u64;
     }
 
-    pub(super) fn wakes_at(&self, now: Nanos) -> Nanos {
+    pub(crate) fn wakes_at(&self, now: Nanos) -> Nanos {
         let mut at = Nanos::MAX;
         for time in [self.next_read, self.next_write, self.plan.reads_from] {
             if time > now {

@@ -3,39 +3,41 @@
 use super::*;
 use crate::sync::Snapshot;
 
-#[derive(Debug, Default)]
-pub(super) struct Track {
-    pub(super) client_isn: u32,
-    pub(super) mss: usize,
-    pub(super) sack: bool,
-    pub(super) timestamps: bool,
-    pub(super) scaled: bool,
-    pub(super) shift: u8,
-    pub(super) client_sack: bool,
-    pub(super) client_timestamps: bool,
-    pub(super) client_scaled: bool,
-    pub(super) answered: bool,
-    pub(super) ack: Option<u32>,
-    pub(super) edge: Option<u32>,
-    pub(super) tsval: Option<u32>,
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Track {
+    pub(crate) client_isn: u32,
+    pub(crate) mss: usize,
+    pub(crate) sack: bool,
+    pub(crate) timestamps: bool,
+    pub(crate) scaled: bool,
+    pub(crate) shift: u8,
+    pub(crate) client_sack: bool,
+    pub(crate) client_timestamps: bool,
+    pub(crate) client_scaled: bool,
+    pub(crate) answered: bool,
+    pub(crate) ack: Option<u32>,
+    pub(crate) edge: Option<u32>,
+    pub(crate) tsval: Option<u32>,
     /// What the tap showed of the client, without holes from the start, and behind holes.
-    pub(super) shown: u64,
-    pub(super) behind: BTreeMap<u64, u64>,
-    pub(super) fin: Option<u64>,
+    pub(crate) shown: u64,
+    pub(crate) behind: BTreeMap<u64, u64>,
+    pub(crate) fin: Option<u64>,
     /// Of the active's kernel: its first number, the right edge that it offered last.
-    pub(super) active_isn: u32,
-    pub(super) kernel_edge: u32,
+    pub(crate) active_isn: u32,
+    pub(crate) kernel_edge: u32,
     /// What the client acknowledged to it, the right edge that it offered, and its window shift.
-    pub(super) una: Option<u32>,
-    pub(super) client_edge: u32,
-    pub(super) client_shift: Option<u8>,
+    pub(crate) una: Option<u32>,
+    pub(crate) client_edge: u32,
+    pub(crate) client_shift: Option<u8>,
     /// The late join that the standby takes part in, and the last snapshot that was taken.
-    pub(super) arriving: Option<u32>,
-    pub(super) offered: Option<Snapshot>,
+    pub(crate) arriving: Option<u32>,
+    pub(crate) offered: Option<Snapshot>,
+    /// Its bytes, as they come.
+    pub(crate) parts: Vec<u8>,
 }
 
 impl Track {
-    pub(super) fn of_syn(segment: &Segment<'_>) -> Self {
+    pub(crate) fn of_syn(segment: &Segment<'_>) -> Self {
         Self {
             client_isn: segment.seq,
             mss: usize::from(segment.options.mss.unwrap_or(536)),
@@ -47,14 +49,14 @@ impl Track {
         }
     }
 
-    pub(super) fn active(&mut self, segment: &Segment<'_>) {
+    pub(crate) fn active(&mut self, segment: &Segment<'_>) {
         let Some(ack) = segment.ack.filter(|_| !segment.rst) else {
             return;
         };
         self.promise(ack, segment);
     }
 
-    pub(super) fn promise(&mut self, ack: u32, segment: &Segment<'_>) {
+    pub(crate) fn promise(&mut self, ack: u32, segment: &Segment<'_>) {
         let shift = if segment.syn { 0 } else { self.shift };
         let edge = ack.wrapping_add(u32::from(segment.window) << shift);
         self.ack = Some(self.ack.map_or(ack, |a| later(a, ack)));
@@ -64,7 +66,7 @@ impl Track {
 
     /// What the client agreed on and what clock it compares with (RFC 7323 section 5), whether or not
     /// the tap showed it.
-    pub(super) fn hear(&mut self, segment: &Segment<'_>) {
+    pub(crate) fn hear(&mut self, segment: &Segment<'_>) {
         if segment.syn {
             self.answered = true;
             self.sack = self.client_sack && segment.options.sack_permitted;
@@ -81,8 +83,27 @@ impl Track {
         }
     }
 
+    /// Of a connection that the kernel adopts, whose next byte for the handler is `taken`.
+    pub(crate) fn adopted(numbers: &Numbers, taken: u32) -> Self {
+        let (client_shift, shift) = numbers.shifts.unwrap_or((0, 0));
+        Self {
+            client_isn: taken.wrapping_sub(1),
+            mss: numbers.mss.into(),
+            sack: numbers.sack,
+            timestamps: numbers.timestamp.is_some(),
+            scaled: numbers.shifts.is_some(),
+            shift,
+            client_shift: Some(client_shift),
+            active_isn: numbers.snd_nxt.wrapping_sub(1),
+            kernel_edge: numbers.rcv_nxt.wrapping_add(numbers.rcv_wnd),
+            una: Some(numbers.snd_nxt),
+            client_edge: numbers.snd_nxt.wrapping_add(numbers.snd_wnd),
+            ..Self::default()
+        }
+    }
+
     /// The active's kernel sends this, whether or not it leaves.
-    pub(super) fn kernel_says(&mut self, segment: &Segment<'_>) {
+    pub(crate) fn kernel_says(&mut self, segment: &Segment<'_>) {
         if segment.syn {
             self.active_isn = segment.seq;
         }
@@ -93,7 +114,7 @@ impl Track {
     }
 
     /// This of the client has arrived.
-    pub(super) fn client_says(&mut self, segment: &Segment<'_>) {
+    pub(crate) fn client_says(&mut self, segment: &Segment<'_>) {
         let Some(ack) = segment.ack.filter(|_| !segment.syn && !segment.rst) else {
             return;
         };
@@ -104,15 +125,23 @@ impl Track {
         }
     }
 
-    /// The standby has lost all that it held.
-    pub(super) fn forget_shown(&mut self) {
+    /// The agent has lost all that it held.
+    pub(crate) fn forget_all(&mut self) {
+        self.forget_shown();
+        self.arriving = None;
+        self.offered = None;
+        self.parts.clear();
+    }
+
+    /// The shadow has lost all that it held.
+    pub(crate) fn forget_shown(&mut self) {
         self.shown = 0;
         self.behind.clear();
         self.fin = None;
     }
 
     /// The standby holds what this says, and what the tap showed since.
-    pub(super) fn show_snapshot(&mut self, snapshot: &Snapshot) {
+    pub(crate) fn show_snapshot(&mut self, snapshot: &Snapshot) {
         let end = snapshot.ack.wrapping_sub(u32::from(snapshot.fin));
         let end = u64::from(end.wrapping_sub(self.client_isn.wrapping_add(1)));
         if snapshot.fin {
@@ -121,7 +150,7 @@ impl Track {
         self.cover(0, end);
     }
 
-    pub(super) fn show(&mut self, segment: &Segment<'_>) {
+    pub(crate) fn show(&mut self, segment: &Segment<'_>) {
         let start = i64::from(distance(self.client_isn.wrapping_add(1), segment.seq));
         if segment.syn || segment.rst || start < 0 {
             return;
@@ -147,43 +176,65 @@ impl Track {
     }
 
     /// Everything that a client could hold against a live shadow.
-    pub(super) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
+    pub(crate) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
+        let brief = Brief(segment);
         // The client looks no further at a segment from before what it has got.
         let probe =
-            segment.payload.is_empty() && self.una.is_some_and(|una| before(segment.seq, una));
+            segment.payload.is_empty() && self.una.is_none_or(|una| before(segment.seq, una));
         if segment.rst || probe {
             return;
         }
         let ack = segment.ack.expect("a segment without ACK");
         let first = self.client_isn.wrapping_add(1);
         let held = self.shown + u64::from(self.fin.is_some_and(|fin| fin <= self.shown));
-        assert!(
+        hold!(
+            NotAhead,
             i64::from(distance(first, ack)) <= held as i64,
             "acknowledges {} bytes of {held}",
             distance(first, ack)
         );
         if let Some(promised) = self.ack {
-            assert!(!before(ack, promised), "the acknowledgement goes back");
+            hold!(
+                Consistent,
+                !before(ack, promised),
+                "the acknowledgement goes back from {promised}: {brief}"
+            );
         }
         let shift = if segment.syn { 0 } else { self.shift };
         let edge = ack.wrapping_add(u32::from(segment.window) << shift);
         if let Some(promised) = self.edge {
-            let slack = (1 << self.shift) - 1;
-            assert!(
+            // By a unit, where it is counted in units (RFC 7323 section 2.4): of the kernel, which may have told a
+            // snapshot of a lesser one, and of the shadow.
+            let slack = if self.shift > 0 { 2 << self.shift } else { 0 };
+            hold!(
+                Consistent,
                 distance(promised, edge) >= -slack,
-                "the window shrinks by {}",
+                "the window shrinks by {}: {brief}",
                 distance(edge, promised)
             );
         }
         let options = segment.options;
         if segment.syn {
-            assert!(self.client_sack || !options.sack_permitted);
-            assert!(self.client_scaled || options.window_scale.is_none());
+            hold!(
+                Consistent,
+                self.client_sack || !options.sack_permitted,
+                "SACK that was not offered"
+            );
+            hold!(
+                Consistent,
+                self.client_scaled || options.window_scale.is_none(),
+                "a window scale that was not offered"
+            );
         } else {
-            assert!(options.mss.is_none() && options.window_scale.is_none());
+            hold!(
+                Consistent,
+                options.mss.is_none() && options.window_scale.is_none(),
+                "options of a SYN"
+            );
             let tcp = TcpPacket::new_checked(&raw[20..]).unwrap();
             let blocks = tcp.selective_ack_ranges().unwrap();
-            assert!(
+            hold!(
+                Consistent,
                 self.sack || blocks.iter().all(Option::is_none),
                 "SACK not negotiated"
             );
@@ -192,26 +243,29 @@ impl Track {
                 let r = u64::from(right.wrapping_sub(first));
                 let acknowledged = u64::from(ack.wrapping_sub(first));
                 let behind = || self.behind.iter().any(|(start, _)| *start <= l);
-                assert!(
+                hold!(
+                    NotAhead,
                     acknowledged < l && l < r && (r <= self.shown || behind()),
                     "SACK of {l}..{r}, {acknowledged} acknowledged, {} shown",
                     self.shown
                 );
             }
         }
-        assert_eq!(
-            options.timestamp.is_some(),
-            self.timestamps,
+        hold!(
+            Consistent,
+            options.timestamp.is_some() == self.timestamps,
             "timestamps as negotiated"
         );
         if let (Some((tsval, _)), Some(last)) = (options.timestamp, self.tsval) {
-            assert!(
+            hold!(
+                Consistent,
                 !before(tsval, last),
                 "the timestamp steps back from {last} to {tsval}"
             );
         }
         let room = self.mss - if self.timestamps { 12 } else { 0 };
-        assert!(
+        hold!(
+            Consistent,
             segment.payload.len() <= room,
             "{} bytes of data",
             segment.payload.len()
@@ -223,35 +277,61 @@ impl Track {
     fn judge_numbers(&self, numbers: &Numbers) {
         let first = self.client_isn.wrapping_add(1);
         let taken = u64::from(numbers.rcv_nxt.wrapping_sub(first));
-        assert!(taken <= self.shown, "{taken} bytes of {}", self.shown);
-        assert!(!before(numbers.rcv_nxt, self.ack.unwrap()));
+        hold!(
+            NotAhead,
+            taken <= self.shown,
+            "adopted with {taken} bytes of {}",
+            self.shown
+        );
+        let promised = self.ack.unwrap_or(numbers.rcv_nxt);
+        hold!(
+            Consistent,
+            !before(numbers.rcv_nxt, promised),
+            "adopted with less than was acknowledged"
+        );
         let edge = numbers.rcv_nxt.wrapping_add(numbers.rcv_wnd);
-        assert!(!before(edge, self.edge.unwrap()), "the window shrinks");
-        assert_eq!(numbers.sack, self.sack);
+        hold!(
+            Consistent,
+            !before(edge, self.edge.unwrap_or(edge)),
+            "the window shrinks when adopted"
+        );
         let shift = numbers.shifts.map(|(_, own)| own);
-        assert_eq!(shift, self.scaled.then_some(self.shift));
-        assert_eq!(numbers.timestamp.is_some(), self.timestamps);
+        let agreed = (
+            self.sack,
+            self.scaled.then_some(self.shift),
+            self.timestamps,
+        );
+        let adopted = (numbers.sack, shift, numbers.timestamp.is_some());
+        hold!(
+            Consistent,
+            adopted == agreed,
+            "adopted with {adopted:?}, agreed on {agreed:?}"
+        );
         if let (Some((tsval, _)), Some(last)) = (numbers.timestamp, self.tsval) {
-            assert!(!before(tsval, last), "the timestamp steps back");
+            hold!(
+                Consistent,
+                !before(tsval, last),
+                "the timestamp steps back when adopted"
+            );
         }
     }
 }
 
 /// The world that the flows act on.
 #[derive(Debug, Default)]
-pub struct World {
-    pub live: HashSet<FlowKey>,
-    pub approved: HashSet<FlowKey>,
-    pub sent: Vec<Vec<u8>>,
-    pub sent_count: usize,
-    pub resets: Vec<FlowKey>,
-    pub warmed: usize,
-    pub live_limit: Option<usize>,
+pub(crate) struct World {
+    pub(crate) live: HashSet<FlowKey>,
+    pub(crate) approved: HashSet<FlowKey>,
+    pub(crate) sent: Vec<Vec<u8>>,
+    pub(crate) sent_count: usize,
+    pub(crate) resets: Vec<FlowKey>,
+    pub(crate) warmed: usize,
+    pub(crate) live_limit: Option<usize>,
     /// Whether the kernel takes live flows, and what it took.
-    pub adopts: bool,
-    pub refusals: usize,
-    pub adopted: Vec<(Numbers, Unfinished)>,
-    pub(super) tracks: HashMap<FlowKey, Track>,
+    pub(crate) adopts: bool,
+    pub(crate) refusals: usize,
+    pub(crate) adopted: Vec<(Numbers, Unfinished)>,
+    pub(crate) tracks: HashMap<FlowKey, Track>,
 }
 
 impl Effects for World {
@@ -270,15 +350,20 @@ impl Effects for World {
     }
 
     fn adopt(&mut self, flow: FlowKey, numbers: Numbers, unfinished: Unfinished) {
-        assert_eq!(numbers.flow, flow);
-        assert!(!self.live.contains(&flow), "its frames go to nobody");
+        hold!(
+            Consistent,
+            !self.live.contains(&flow),
+            "its frames go to nobody"
+        );
         self.adopted.push((numbers, unfinished));
     }
 
     fn send(&mut self, packet: &[u8]) {
         let (flow, segment) = parse(packet, Direction::FromVip).expect("a sound packet");
-        assert!(packet.len() <= MTU, "{} bytes on the wire", packet.len());
-        assert!(
+        let long = packet.len();
+        hold!(Consistent, long <= MTU, "{long} bytes on the wire");
+        hold!(
+            Approved,
             !(segment.fin || segment.rst) || self.approved.contains(&flow),
             "FIN or RST without approval"
         );

@@ -3,14 +3,14 @@
 use super::*;
 
 /// A stack of its own, brought to the numbers by a made-up handshake.
-pub(super) struct Adopted {
-    pub(super) flow: FlowKey,
-    pub(super) host: Host,
-    pub(super) server: Server,
+pub(crate) struct Adopted {
+    pub(crate) flow: FlowKey,
+    pub(crate) host: Host,
+    pub(crate) server: Server,
 }
 
 impl Adopted {
-    pub(super) fn new(numbers: &Numbers, unfinished: Unfinished, now: Nanos) -> Self {
+    pub(crate) fn new(numbers: &Numbers, unfinished: Unfinished, now: Nanos) -> Self {
         let Numbers { flow, shifts, .. } = *numbers;
         let mut host = Host::new(VIP, u64::from(flow.client_port), now, false);
         let first = numbers.snd_nxt.wrapping_sub(1);

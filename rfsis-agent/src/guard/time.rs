@@ -1,0 +1,181 @@
+//! What time brings: a silent standby, what is said again, and what is forgotten.
+
+use rfsis_common::ack_gate::sent_flags;
+use rfsis_common::maps::FlowKey;
+
+use super::{Guard, GuardEffects, MS, Phase, SECOND, SWEEP_AT_ONCE, SWEEP_PAUSE, SWEPT_PAUSE};
+use crate::heartbeat::Nanos;
+use crate::lockstep::before;
+use crate::sync::{Record, Sack};
+
+/// A flow is forgotten so long after the kernel sent an RST, or its FIN, ns. What the client still says
+/// is between it and the kernel. One that is not guarded has nothing to be confirmed behind its FIN, and
+/// would count as at risk.
+const RESET_LINGER: Nanos = 2 * SECOND;
+const FIN_LINGER: Nanos = 60 * SECOND;
+
+/// Flows that are asked for at once.
+const ASK_AT_ONCE: usize = 256;
+const TELL_AT_ONCE: usize = 16;
+
+/// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
+/// handshake may never have been completed, and the standby's word of that may be lost, ns.
+const QUIET: Nanos = 200 * SECOND;
+
+impl Guard {
+    /// When [`Guard::poll`] is due, ns.
+    pub fn next_wakeup(&self) -> Nanos {
+        if !self.active {
+            return Nanos::MAX;
+        }
+        let repeat = self.repeats.first().map_or(Nanos::MAX, |(at, _)| *at);
+        let recheck = self.rechecks.first().map_or(Nanos::MAX, |(at, _)| *at);
+        let late = self.late_wakeup();
+        let regular = self.next_tick.min(self.next_sweep);
+        regular.min(repeat).min(recheck).min(late)
+    }
+
+    /// Time has passed.
+    pub fn poll(&mut self, now: Nanos, fx: &mut impl GuardEffects) {
+        if !self.active {
+            return;
+        }
+        if now >= self.next_tick {
+            // A ping or its answer may be lost: until one comes back they follow each other closely.
+            let answered = self.heard_at.is_some_and(|at| at >= self.pinged_at);
+            let share = if answered { 4 } else { 16 };
+            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
+            self.ping = true;
+            if answered || self.pinged_at == 0 {
+                self.pinged_at = now;
+            }
+            self.ask(fx);
+        }
+        let silent = self
+            .heard_at
+            .is_none_or(|at| now >= at.saturating_add(self.config.timeout));
+        if silent && self.guarding {
+            match fx.prompted_at() {
+                at if now < at.saturating_add(self.config.timeout) => self.heard_at = Some(at),
+                _ => self.degrade(now, fx),
+            }
+        }
+        while let Some(&(at, key)) = self.rechecks.first()
+            && at <= now
+        {
+            self.rechecks.remove(&(at, key));
+            self.recheck(key, fx);
+        }
+        while let Some(&(at, key)) = self.repeats.first()
+            && at <= now
+        {
+            self.repeats.remove(&(at, key));
+            self.repeat(key, now, fx);
+        }
+        self.poll_late(now, fx);
+        if now >= self.next_sweep {
+            let more = self.sweep(now, fx) | self.sweep_handshakes(now, fx);
+            let soon = more || self.guarding;
+            self.next_sweep = now + if soon { SWEEP_PAUSE } else { SWEPT_PAUSE };
+        }
+    }
+
+    pub(super) fn recheck(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        flow.recheck = None;
+        if !matches!(flow.phase, Phase::Guarded) {
+            return;
+        }
+        // In this order: the gate takes a confirmation before it tells the client of it, by itself and meanwhile.
+        let sent = fx.sent(flow.slot);
+        flow.catch_up(fx);
+        if sent.is_some_and(|sent| before(flow.confirmation.ack(), sent.told)) {
+            // It was told more while it was exposed, just before it was guarded again.
+            flow.expose(fx);
+            self.to_ask.push(key);
+            return;
+        }
+        Self::release(self.config.vip, key, flow, &Sack::default(), fx);
+    }
+
+    /// Tells the standby what the clients of exposed flows were told, which asks it what it holds. While it
+    /// is silent only now and then: perhaps it hears and is not heard.
+    pub(super) fn ask(&mut self, fx: &mut impl GuardEffects) {
+        if self.to_ask.is_empty() {
+            let exposed = self.flows.iter();
+            self.to_ask.extend(
+                exposed
+                    .filter(|(_, flow)| matches!(flow.phase, Phase::Exposed))
+                    .map(|(key, _)| *key)
+                    .filter(|key| !self.joins.concerns(key)),
+            );
+        }
+        let most = if self.guarding {
+            ASK_AT_ONCE
+        } else {
+            TELL_AT_ONCE
+        };
+        let rest = self.to_ask.len().saturating_sub(most);
+        for key in self.to_ask.split_off(rest) {
+            if let Some(flow) = self.flows.get(&key)
+                && matches!(flow.phase, Phase::Exposed)
+                && !self.joins.concerns(&key)
+                && let Some(sent) = fx.sent(flow.slot)
+            {
+                self.records.push(Record::Told {
+                    flow: key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
+            }
+        }
+    }
+
+    /// Looks at some flows, whether they have ended; returns whether there are more to look at.
+    pub(super) fn sweep(&mut self, now: Nanos, fx: &mut impl GuardEffects) -> bool {
+        if self.to_sweep.is_empty() {
+            self.to_sweep.extend(self.flows.keys());
+        }
+        let rest = self.to_sweep.len().saturating_sub(SWEEP_AT_ONCE);
+        let mut ended = Vec::new();
+        for key in self.to_sweep.split_off(rest) {
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
+            if matches!(flow.phase, Phase::Opening { .. }) {
+                continue;
+            }
+            let Some(sent) = fx.sent(flow.slot) else {
+                continue;
+            };
+            let quiet = now.saturating_sub(sent.at_ns);
+            // Of one that is not guarded there is nothing that the standby could still confirm.
+            let guarded = matches!(flow.phase, Phase::Guarded);
+            let fin_linger = if guarded { FIN_LINGER } else { RESET_LINGER };
+            if (sent.flags & sent_flags::RST_SENT != 0 && quiet > RESET_LINGER)
+                || (sent.flags & sent_flags::FIN_SENT != 0 && quiet > fin_linger)
+                || quiet > self.config.idle_timeout
+            {
+                ended.push((key, flow.client_isn));
+            } else if quiet > QUIET
+                && now.saturating_sub(flow.known_at) > QUIET
+                && self.guarding
+                && !self.joins.concerns(&key)
+            {
+                flow.known_at = now;
+                self.records.push(Record::Told {
+                    flow: key,
+                    client_isn: flow.client_isn,
+                    ack: sent.told,
+                });
+            }
+        }
+        for (flow, client_isn) in ended {
+            self.records.push(Record::Close { flow, client_isn });
+            self.forget(flow, fx);
+        }
+        !self.to_sweep.is_empty()
+    }
+}
