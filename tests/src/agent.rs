@@ -72,6 +72,8 @@ pub struct Settings {
     pub protect_timeout: Option<String>,
     /// Bound of the shadows; the default if not given.
     pub max_flows: Option<u32>,
+    /// Ring from the kernel to the shadows, as the config writes it; the default if not given.
+    pub ring_bytes: Option<String>,
     /// How long a datagram waits for its answer, as the config writes it; the default if not given.
     pub udp_replay: Option<String>,
     /// How long a primary is a ready standby until it asks for the VIP, as the config writes it; never if
@@ -97,6 +99,7 @@ impl Default for Settings {
             sync: false,
             protect_timeout: None,
             max_flows: None,
+            ring_bytes: None,
             udp_replay: None,
             preempt: None,
             interval: format!("{}ms", 50 * slowness()),
@@ -126,6 +129,7 @@ impl Settings {
             sync,
             protect_timeout,
             max_flows,
+            ring_bytes,
             udp_replay,
             preempt,
             interval,
@@ -137,6 +141,17 @@ impl Settings {
             line.unwrap_or_default()
         };
         let nodes = [Host::A, Host::B].map(|host| host.address().to_string());
+        let bounds = [
+            max_flows.map(|flows| format!("max_flows: {flows}")),
+            ring_bytes
+                .as_ref()
+                .map(|bytes| format!("ring_bytes: {bytes}")),
+        ];
+        let bounds: Vec<String> = bounds.into_iter().flatten().collect();
+        let shadow = match bounds.is_empty() {
+            true => String::new(),
+            false => format!("shadow: {{ {} }}\n", bounds.join(", ")),
+        };
         let mut text = format!(
             "cluster: {cluster}\n\
              interface: eth0\n\
@@ -156,9 +171,7 @@ impl Settings {
             given("protect_timeout", protect_timeout),
             given("udp_replay", udp_replay),
             given("preempt", preempt),
-            max_flows.map_or_else(String::new, |flows| format!(
-                "shadow: {{ max_flows: {flows} }}\n"
-            )),
+            shadow,
         );
         for (handler, number) in [
             ("echo", port::ECHO),

@@ -378,14 +378,21 @@ impl Trace {
         for segment in self.segments_from_vip().filter(|segment| !segment.rst) {
             let ports = (segment.destination.1, segment.source.1);
             let stream = if segment.syn {
-                let stream = streams.entry(ports).or_insert_with(|| SentStream {
+                let fresh = || SentStream {
                     isn: segment.seq,
+                    client: segment.ack,
                     bytes: Vec::new(),
-                });
+                };
+                let stream = streams.entry(ports).or_insert_with(fresh);
+                if stream.client != segment.ack {
+                    // A later connection of the same ports: the client has opened it.
+                    *stream = fresh();
+                }
                 let isn = stream.isn;
                 ensure!(
                     isn == segment.seq,
-                    "{ports:?}: another SYN-ACK than {isn}: {segment:?}"
+                    "{ports:?}: another SYN-ACK than {isn}: {segment:?}\n{}",
+                    self.last_of(ports, 16).join("\n")
                 );
                 continue;
             } else if let Some(stream) = streams.get_mut(&ports) {
@@ -444,6 +451,8 @@ impl Trace {
 
 /// What a connection of the VIP has sent.
 struct SentStream {
+    /// What the SYN-ACK acknowledges: which of the client's connections it is.
+    client: u32,
     isn: u32,
     /// By stream offset, as first sent.
     bytes: Vec<Option<u8>>,
@@ -551,6 +560,32 @@ mod tests {
         let changed = trace([syn, sent(b"hello world", 0), sent(b"lo_wo", 3)]);
         let error = changed.no_byte_from_vip_changed().unwrap_err().to_string();
         assert!(error.contains("offset 5"), "{error}");
+    }
+
+    #[test]
+    fn a_second_syn_ack_to_the_same_syn_is_found_and_one_to_a_later_syn_begins_anew() {
+        let syn_ack = |seq: u32, ack: u32| {
+            let mut bytes = Vec::new();
+            PacketBuilder::ethernet2(Host::A.mac(), Host::Client.mac())
+                .ipv4(VIP.octets(), Host::Client.address().octets(), 64)
+                .tcp(7, 40_000, seq, 1000)
+                .syn()
+                .ack(ack)
+                .write(&mut bytes, &[])
+                .unwrap();
+            CapturedFrame {
+                at: UNIX_EPOCH,
+                bytes,
+            }
+        };
+        let data = |seq, byte| segment(Host::A.mac(), seq, false, false, &[byte]);
+        let first = [syn_ack(10, 1), data(11, 7)];
+        let then = |frames: [CapturedFrame; 2]| {
+            trace(first.iter().cloned().chain(frames)).no_byte_from_vip_changed()
+        };
+        then([syn_ack(10, 1), data(11, 7)]).unwrap();
+        assert!(then([syn_ack(20, 1), data(21, 8)]).is_err());
+        then([syn_ack(10, 2), data(11, 8)]).unwrap();
     }
 
     #[test]

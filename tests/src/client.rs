@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::agent::port;
 use crate::lab::{Lab, VIP};
 use crate::netns::{Namespace, mortal};
 use crate::patience::{PATIENCE, slowed, wait_until};
@@ -272,6 +273,24 @@ pub fn hears(mut stream: &TcpStream, seed: u64) -> Result<()> {
         .context("waiting for an echo")?;
     ensure!(heard == said, "heard {heard:?}, said {said:?}");
     Ok(())
+}
+
+/// Connections to echo that have said something and heard it.
+///
+/// # Panics
+/// When one does not.
+pub fn clients(lab: &Lab, count: u64) -> Vec<TcpStream> {
+    let talk = |seed| -> Result<TcpStream> {
+        let stream = connect(lab, port::ECHO)?;
+        says(&stream, seed)?;
+        hears(&stream, seed)?;
+        Ok(stream)
+    };
+    let talking = (0..count).map(|seed| match talk(seed) {
+        Ok(stream) => stream,
+        Err(error) => panic!("connection {seed}: {error:#}"),
+    });
+    talking.collect()
 }
 
 /// Closes, and expects the server to close too.

@@ -9,6 +9,7 @@
 //! ```
 
 use anyhow::Result;
+use rfsis_common::heartbeat::{ARP_LEN, MAGIC};
 
 use crate::lab::{Host, Lab, VIP};
 
@@ -26,15 +27,27 @@ pub enum Traffic {
     Confirmations,
     /// What node a says to the client from the VIP.
     Answers,
+    /// Heartbeats of node a.
+    HeartbeatsOfA,
+    /// Heartbeats of node b.
+    HeartbeatsOfB,
+    /// Whatever node a sends to node b, but for broadcasts.
+    AllToB,
+    /// Whatever node b sends to node a, but for broadcasts.
+    AllToA,
 }
 
 impl Traffic {
     /// All kinds.
-    pub const ALL: [Traffic; 4] = [
+    pub const ALL: [Traffic; 8] = [
         Traffic::Copies,
         Traffic::Openings,
         Traffic::Confirmations,
         Traffic::Answers,
+        Traffic::HeartbeatsOfA,
+        Traffic::HeartbeatsOfB,
+        Traffic::AllToB,
+        Traffic::AllToA,
     ];
 
     const fn name(self) -> &'static str {
@@ -43,13 +56,19 @@ impl Traffic {
             Traffic::Openings => "openings",
             Traffic::Confirmations => "confirmations",
             Traffic::Answers => "answers",
+            Traffic::HeartbeatsOfA => "heartbeats-of-a",
+            Traffic::HeartbeatsOfB => "heartbeats-of-b",
+            Traffic::AllToB => "all-to-b",
+            Traffic::AllToA => "all-to-a",
         }
     }
 
     const fn way(self) -> (Host, Host) {
         match self {
-            Traffic::Copies | Traffic::Openings => (Host::A, Host::B),
-            Traffic::Confirmations => (Host::B, Host::A),
+            Traffic::Copies | Traffic::Openings | Traffic::HeartbeatsOfA | Traffic::AllToB => {
+                (Host::A, Host::B)
+            }
+            Traffic::Confirmations | Traffic::HeartbeatsOfB | Traffic::AllToA => (Host::B, Host::A),
             Traffic::Answers => (Host::A, Host::Client),
         }
     }
@@ -71,6 +90,13 @@ impl Traffic {
                 to.address()
             ),
             Traffic::Answers => format!("ip saddr {VIP}"),
+            Traffic::HeartbeatsOfA | Traffic::HeartbeatsOfB => {
+                // To the peer or to all, as long as it is not known. The magic is behind the ARP packet.
+                let from = from.mac_text();
+                let (at, magic) = (8 * ARP_LEN, u32::from_be_bytes(MAGIC));
+                return format!("ether saddr {from} ether type arp @nh,{at},32 {magic:#x}");
+            }
+            Traffic::AllToB | Traffic::AllToA => String::new(),
         };
         format!("{macs} {rest}")
     }

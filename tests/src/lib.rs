@@ -6,11 +6,15 @@
 //! process that made it, however that ends.
 
 pub mod agent;
+pub mod busy;
 pub mod capture;
+pub mod churn;
 pub mod client;
 pub mod cluster;
 pub mod faults;
+pub mod flood;
 pub mod forge;
+pub mod inside;
 pub mod interrupt;
 pub mod lab;
 pub mod metrics;

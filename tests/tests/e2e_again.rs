@@ -9,15 +9,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tests::agent::port;
-use tests::client::{connect, hears, says};
+use tests::client::{clients, hears, says};
 use tests::cluster::seed;
-use tests::patience::{slowed, wait_until};
+use tests::patience::{slowed, wait_at_most, wait_until};
 use tests::pulse::Pulse;
 use tests::wire::Wire;
 use tests::{Agent, Capture, Cluster, Failover, Host, Lab, Typist, VIP, Wiring, on_each_wiring};
 
 /// From the old active's return until all is protected again, with a few flows.
 const TO_REPAIR: Duration = Duration::from_secs(20);
+
+/// A standby has all next hops resolved each 20 s.
+const BEFORE_IT_IS_WARMED_ANYHOW: Duration = Duration::from_secs(12);
 
 /// Who is heard for the VIP in this many failovers from node a on.
 fn alternating(failovers: usize) -> Vec<[u8; 6]> {
@@ -103,6 +106,28 @@ fn there_and_back_by_two_kills(wiring: Wiring) {
     two_connections_survive(wiring, &[Failover::Kill9; 2]);
 }
 
+/// Behind the cut the active's kernel asks for the client in the name of the VIP, and would go on doing so, in vain,
+/// each second: who takes over next would wait for that.
+fn whoever_was_cut_off_knows_the_way_to_the_client_before_it_is_needed(wiring: Wiring) {
+    let lab = wiring.lab();
+    let mut cluster = Cluster::start(&lab, &wiring.settings());
+    cluster.active().wait_not_degraded();
+    let pulse = Pulse::start(&lab).unwrap();
+    cluster.wait_redundant(1, slowed(TO_REPAIR));
+    pulse.beat_on(20);
+    cluster.fail_over(Failover::LinkCut);
+    cluster.wait_redundant(1, slowed(TO_REPAIR));
+    let standby = lab.host(cluster.standby().host());
+    let client = Host::Client.address();
+    wait_at_most(
+        BEFORE_IT_IS_WARMED_ANYHOW,
+        "the client's hardware address",
+        || standby.sh(&format!("ip neigh show {client}")).unwrap(),
+        |entry| entry.contains(&Host::Client.mac_text()),
+    );
+    pulse.finish().unwrap();
+}
+
 /// Asked without pause, only one answers: neither who hangs, nor who wakes, nor who has handed over.
 fn whoever_has_lost_the_vip_does_not_answer_for_it(wiring: Wiring) {
     let ways = [Failover::Hang, Failover::Switchover, Failover::Kill9];
@@ -120,17 +145,6 @@ const ADOPTED: [(&str, &str); 1] = [("result", "adopted")];
 
 /// So many that handing them over takes longer than to notice that it has begun.
 const MANY: u64 = 1_000;
-
-/// Clients that have said something and heard it.
-fn clients(lab: &Lab, count: u64) -> Vec<TcpStream> {
-    let talking = (0..count).map(|seed| {
-        let stream = connect(lab, port::ECHO).unwrap();
-        says(&stream, seed).unwrap();
-        hears(&stream, seed).unwrap();
-        stream
-    });
-    talking.collect()
-}
 
 /// Of those that a second death struck: how many go on. The others were reset, and none waits.
 fn survivors(streams: &[TcpStream]) -> u64 {
@@ -314,5 +328,7 @@ on_each_wiring! { [on_a_switch: Mirror] {
     an_active_that_dies_while_its_kernel_adopts => super::an_active_that_dies_while_its_kernel_adopts;
     whoever_dies_while_adopted_flows_are_handed_over_they_go_on =>
         super::whoever_dies_while_adopted_flows_are_handed_over_they_go_on;
+    whoever_was_cut_off_knows_the_way_to_the_client_before_it_is_needed =>
+        super::whoever_was_cut_off_knows_the_way_to_the_client_before_it_is_needed;
     both_die_and_the_service_comes_back => super::both_die_and_the_service_comes_back;
 }}

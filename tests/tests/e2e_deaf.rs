@@ -84,6 +84,23 @@ fn what_a_deaf_standby_has_goes_on_and_who_waits_for_what_it_lacks_is_told() {
     }
 }
 
+/// So soon, mostly, that no heartbeat has come in between.
+#[test]
+fn who_waits_for_what_an_active_said_just_before_its_death_is_told() {
+    let lab = Wiring::Mirror.lab();
+    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
+    let incomplete = connect(&lab, port::ECHO).unwrap();
+    echoes(&incomplete, 1);
+    pair.backup.wait_flows("lockstep", 1);
+    lose(&lab, &SYNC);
+    pair.primary.wait_protection("degraded");
+    lose(&lab, &[SYNC[0], SYNC[1], Traffic::Copies]);
+    echoes(&incomplete, 2);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    is_reset_within(&incomplete, WHEN_ASKED);
+}
+
 #[test]
 fn a_standby_that_hears_again_has_all_flows_as_before() {
     let lab = Wiring::Mirror.lab();

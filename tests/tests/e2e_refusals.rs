@@ -327,6 +327,23 @@ fn status_without_an_agent_says_so() {
     assert!(said.contains("/run/rfsis/agent.sock"), "{said}");
 }
 
+/// On a machine of its own, which has not loaded the modules yet.
+#[test]
+#[ignore = "changes the machine: `cargo xtask test --kernel 6.1`"]
+fn a_kernel_without_filters_is_named_with_what_it_lacks() {
+    const LOADER: &str = "/proc/sys/kernel/modprobe";
+    let lab = Lab::new();
+    let loader = std::fs::read_to_string(LOADER).unwrap();
+    std::fs::write(LOADER, "/bin/false").unwrap();
+    let (code, said) = refused(&lab, &[], |yaml| yaml);
+    std::fs::write(LOADER, loader).unwrap();
+    assert_eq!(code, 3, "{said}");
+    assert!(
+        said.contains("CONFIG_NET_SCH_INGRESS") && said.contains("cls_bpf"),
+        "{said}"
+    );
+}
+
 /// The other tests need a kernel on which this one cannot hold.
 #[test]
 #[ignore = "needs a kernel before 5.18: `cargo xtask test --kernel 5.10`"]

@@ -205,6 +205,8 @@ fn flows_at_risk_are_named_and_only_force_gives_them_up(wiring: Wiring) {
     reads(PIECE);
     // It stays on its shadow, and the old active does not follow it.
     pair.backup.wait_flows("live", 1);
+    // Else that is the reason.
+    pair.backup.wait_not_degraded();
     for asked in [&pair.primary, &pair.backup] {
         refuses(asked, &[], "1 flow is unprotected");
         let (code, why) = pair.backup.http("/ready").unwrap();

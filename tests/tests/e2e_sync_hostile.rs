@@ -4,7 +4,8 @@
 
 use std::net::Ipv4Addr;
 
-use rfsis_agent::sync::{Channel, MAX_DATAGRAM};
+use rfsis_agent::sync::{Channel, MAX_DATAGRAM, channel};
+use rfsis_common::prompt;
 use tests::agent::port;
 use tests::forge::{sync_datagram_of, sync_frame};
 use tests::patience::{PATIENCE, slowed};
@@ -139,7 +140,10 @@ fn forgeries(
 fn genuine_at(wire: &Wire, host: Host, peer: Host) -> (Vec<u8>, Vec<u8>) {
     let next = |of: Host| {
         let heard = wire.hear(slowed(PATIENCE), |frame| {
-            sync_datagram_of(frame, of).map(<[u8]>::to_vec)
+            let datagram = sync_datagram_of(frame, of)?;
+            datagram
+                .starts_with(&channel::MAGIC)
+                .then(|| datagram.to_vec())
         });
         heard.unwrap().expect("a sync datagram on the wire")
     };
@@ -193,6 +197,8 @@ fn forged_replayed_and_truncated_sync_datagrams_are_counted_and_ignored() {
 }
 
 fn is_undisturbed(active: &Agent) {
+    let log = active.log();
+    assert!(!log.contains("degraded"), "{log}");
     let scrape = active.wait_protection("sync");
     for (condition, count) in [("opening", 0.0), ("guarded", 1.0), ("exposed", 0.0)] {
         let labels = [("condition", condition)];
@@ -203,6 +209,75 @@ fn is_undisturbed(active: &Agent) {
         );
     }
     assert_eq!(scrape.sum("rfsis_guard_refused_total", &[]), 0.0);
-    let log = active.log();
-    assert!(!log.contains("degraded"), "{log}");
+}
+
+#[test]
+fn forged_replayed_and_truncated_prompt_datagrams_are_counted_and_ignored() {
+    const REPEATS: usize = 10;
+    let lab = Wiring::Mirror.lab();
+    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
+    let (victim, peer) = (pair.primary.host(), pair.backup.host());
+    let wire = Wire::open(lab.host(victim)).unwrap();
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    // Flows are counted now and then, and what follows takes less.
+    let guarded = [("condition", "guarded")];
+    pair.primary
+        .wait_metric("rfsis_guarded_flows", &guarded, 1.0);
+    let attacker = Wire::open(lab.client()).unwrap();
+    let genuine = wire
+        .hear(slowed(PATIENCE), |frame| {
+            let datagram = sync_datagram_of(frame, peer)?;
+            datagram
+                .starts_with(&prompt::MAGIC)
+                .then(|| datagram.to_vec())
+        })
+        .unwrap()
+        .expect("a prompt datagram on the wire");
+    let last = genuine.len() - 1;
+    let changed = |at: usize| {
+        let mut datagram = genuine.clone();
+        datagram[at] ^= 1;
+        datagram
+    };
+    let mut forged = vec![
+        ("stale", genuine.clone()),
+        ("truncated", genuine[..last - 24].to_vec()),
+        ("malformed", [&genuine[..], &[0]].concat()),
+        ("malformed", changed(4)),
+    ];
+    // Sequence, port, client's number, acknowledgement, right edge, tag.
+    let fields = [15, 21, 27, 31, 35, last];
+    forged.extend(fields.map(|at| ("bad_mac", changed(at))));
+    let before = pair.primary.metrics();
+    for _ in 0..REPEATS {
+        for (_, datagram) in &forged {
+            for frame in [
+                sync_frame(peer.address(), victim, datagram),
+                unchecked(sync_frame(peer.address(), victim, datagram)),
+            ] {
+                attacker.send(&frame).unwrap();
+            }
+        }
+        nc.echoes("in between");
+    }
+    for (result, _) in &forged {
+        let kinds = forged.iter().filter(|kind| kind.0 == *result).count();
+        let least = before.sum(DATAGRAMS, &received(result)) + (2 * kinds * REPEATS) as f64;
+        let labels = received(result);
+        pair.primary.wait_metric(DATAGRAMS, &labels, least);
+    }
+    is_undisturbed(&pair.primary);
+    nc.echoes("after");
+    pair.primary_dies(&lab, Death::Kill9);
+    nc.echoes("from the shadow");
+    assert!(nc.hang_up().success());
+}
+
+/// The same without the UDP checksum, as the kernel's programs take them.
+fn unchecked(mut frame: Vec<u8>) -> Vec<u8> {
+    // Behind Ethernet, and IPv4 without options.
+    frame[40..42].fill(0);
+    frame
 }

@@ -2,216 +2,26 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use aya::maps::{MapData, RingBuf};
-use nix::sys::socket::{MsgFlags, send};
-use rfsis_agent::bpf::{Counters, GuardMaps, Programs};
-use rfsis_common::ack_gate::{
-    AckGateVerdict, Confirmation, Guarded, OPENING_CAPTURE, OpeningEvent, OpeningKind,
-    RELEASE_MARK, Sent, release,
-};
+use rfsis_agent::bpf::{Program, SkbContext};
+use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, RELEASE_MARK, Sent, release};
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
-use rfsis_common::maps::{MirrorPeer, State};
-use rfsis_common::mirror::{HELD_URGENT, MirrorVerdict, URGENT_OFFSET};
+use rfsis_common::maps::MirrorPeer;
+use rfsis_common::mirror::MirrorVerdict;
+use tests::patience::{PATIENCE, slowed, wait_until};
 
-use tests::patience::wait_until;
-
-use crate::frames::{CLIENT, CLIENT_PORT, FLOW, SERVICE, VIP, ethernet, from_vip, ipv4, tagged};
+use crate::frames::{CLIENT, FLOW, SERVICE, STANDBY, VIP, from_vip, tagged, with, with_ip_options};
+use crate::gate::{Gate, QUIET, UNSPEC};
 use crate::host::{
     in_namespace, load, load_guarded, load_guarded_mirror, now_ns, packet_socket, receive, run,
-    set_state, veth,
+    transmit, veth,
 };
-
-const UNSPEC: i32 = -1;
-const STOLEN: i32 = 4;
-
-const SLOT: u32 = 3;
-const SHIFT: u32 = 2;
-/// The client's first byte, the active's next, the edge that the SYN-ACK offered.
-const FIRST: u32 = 2000;
-const NEXT: u32 = 5000;
-const FIRST_EDGE: u32 = FIRST + 64_000;
-
-/// A TCP segment to be, from the VIP to the client.
-#[derive(Clone)]
-struct Segment {
-    flags: u8,
-    seq: u32,
-    ack: u32,
-    window: u16,
-    options: Vec<u8>,
-    payload: Vec<u8>,
-}
-
-/// A pure ACK that the active's kernel sends.
-fn pure(ack: u32, window: u16) -> Segment {
-    Segment {
-        flags: ACK,
-        seq: NEXT,
-        ack,
-        window,
-        options: Vec::new(),
-        payload: Vec::new(),
-    }
-}
-
-impl Segment {
-    fn flags(self, flags: u8) -> Self {
-        Self { flags, ..self }
-    }
-
-    fn seq(self, seq: u32) -> Self {
-        Self { seq, ..self }
-    }
-
-    fn options(self, options: &[&[u8]]) -> Self {
-        let options = options.concat();
-        Self { options, ..self }
-    }
-
-    fn data(self, payload: &[u8]) -> Self {
-        let payload = payload.to_vec();
-        Self { payload, ..self }
-    }
-
-    fn tcp(&self, source: u16, destination: u16) -> Vec<u8> {
-        let mut tcp = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-        tcp.extend(self.seq.to_be_bytes());
-        tcp.extend(self.ack.to_be_bytes());
-        let words = 5 + self.options.len() / 4;
-        tcp.extend([(words << 4) as u8, self.flags]);
-        tcp.extend(self.window.to_be_bytes());
-        tcp.extend([0; 4]);
-        tcp.extend(&self.options);
-        tcp.extend(&self.payload);
-        tcp
-    }
-
-    /// With its checksum (RFC 9293 section 3.1).
-    fn frame(&self) -> Vec<u8> {
-        let mut tcp = self.tcp(SERVICE, CLIENT_PORT);
-        let sum = !folded(&[&pseudo_header(tcp.len())[..], &tcp].concat());
-        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-        ethernet(0x0800, &ipv4(6, VIP, CLIENT, &tcp))
-    }
-
-    /// From the client.
-    fn client_frame(&self) -> Vec<u8> {
-        let mut frame = self.to_vip();
-        let sum = !folded(&[&pseudo_header(frame.len() - 34)[..], &frame[34..]].concat());
-        frame[50..52].copy_from_slice(&sum.to_be_bytes());
-        let sum = !folded(&frame[14..34]);
-        frame[24..26].copy_from_slice(&sum.to_be_bytes());
-        frame
-    }
-
-    /// The same without a checksum.
-    fn to_vip(&self) -> Vec<u8> {
-        let tcp = self.tcp(CLIENT_PORT, SERVICE);
-        ethernet(0x0800, &ipv4(6, CLIENT, VIP, &tcp))
-    }
-}
-
-fn pseudo_header(len: usize) -> Vec<u8> {
-    let mut bytes = [VIP.octets(), CLIENT.octets()].concat();
-    bytes.extend([0, 6]);
-    bytes.extend((len as u16).to_be_bytes());
-    bytes
-}
-
-/// Ones' complement sum (RFC 1071).
-fn folded(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2);
-    let sum: u32 = words
-        .map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)))
-        .sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
-}
-
-/// An active node with one flow that the standby knows.
-struct Gate {
-    programs: Programs,
-    maps: GuardMaps,
-    counters: Counters,
-}
-
-impl Gate {
-    fn new(programs: Programs) -> Self {
-        set_state(&programs, State::Active, u64::MAX);
-        let maps = programs.guard_maps().unwrap();
-        maps.set_mode(true).unwrap();
-        Self {
-            counters: programs.counters().unwrap(),
-            maps,
-            programs,
-        }
-    }
-
-    /// The flow as it is behind its handshake.
-    fn open_flow(&self, confirmation: Confirmation) {
-        let sent = Sent::new(FIRST - 1, NEXT - 1, (FIRST_EDGE - FIRST) as u16);
-        self.maps.reset(SLOT, sent).unwrap();
-        self.maps.confirm(SLOT, confirmation).unwrap();
-        let guarded = Guarded {
-            slot: SLOT,
-            client_isn: FIRST - 1,
-            shift: SHIFT,
-        };
-        self.maps.publish(FLOW, guarded).unwrap();
-    }
-
-    /// Code, frame that leaves, and the verdicts that were counted meanwhile.
-    fn run(&mut self, frame: &[u8], mark: u32) -> (i32, Vec<u8>, Vec<AckGateVerdict>) {
-        let before = self.counters.ack_gate().unwrap();
-        let (code, output) = self.programs.test_gate(frame, mark).unwrap();
-        let after = self.counters.ack_gate().unwrap();
-        let moved = |verdict| after.get(verdict) - before.get(verdict);
-        let verdicts = AckGateVerdict::ALL
-            .into_iter()
-            .flat_map(|verdict| (0..moved(verdict)).map(move |_| verdict));
-        (code, output, verdicts.collect())
-    }
-
-    /// That a frame leaves as `expected`, or not at all.
-    fn expect(
-        &mut self,
-        name: &str,
-        frame: &[u8],
-        mark: u32,
-        verdict: AckGateVerdict,
-        expected: Option<&[u8]>,
-    ) {
-        let (code, output, verdicts) = self.run(frame, mark);
-        assert_eq!(verdicts, [verdict], "{name}");
-        let Some(expected) = expected else {
-            assert_eq!(code, STOLEN, "{name}");
-            return;
-        };
-        assert_eq!(code, UNSPEC, "{name}");
-        assert_eq!(output, expected, "{name}");
-    }
-
-    fn sent(&self) -> Sent {
-        self.maps.sent(SLOT).unwrap()
-    }
-}
-
-const STAMPS: &[u8] = &[1, 1, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9];
-
-/// Two NOPs and a SACK option with so many blocks.
-fn sack(blocks: u8) -> Vec<u8> {
-    let mut option = vec![1, 1, 5, 2 + 8 * blocks];
-    option.extend((0..8 * blocks).map(|byte| 0xa0 + byte));
-    option
-}
-
-/// So many NOPs.
-fn nops(count: usize) -> Vec<u8> {
-    vec![1; count]
-}
+use crate::segments::{
+    FIRST, FIRST_EDGE, NEXT, SHIFT, SLOT, STAMPS, SYN_OPTIONS, Segment, folded, nops,
+    pseudo_header, pure, sack,
+};
 
 #[test]
 fn a_client_is_told_what_is_confirmed_and_checksums_stay_right() {
@@ -332,22 +142,136 @@ fn a_client_is_told_what_is_confirmed_and_checksums_stay_right() {
             let frame = leaves.as_ref().map(Segment::frame);
             gate.expect(name, &kernel.frame(), 0, *verdict, frame.as_deref());
             // Behind IP options, and behind a priority tag.
-            let with_ip_options = |segment: &Segment| {
-                let mut frame = segment.frame();
-                frame.splice(34..34, [1, 1, 1, 0]);
-                frame[14] = 0x46;
-                frame[17] += 4;
-                frame
-            };
+            let behind_options = |segment: &Segment| with_ip_options(segment.frame(), 1);
             gate.open_flow(confirmed);
-            let frame = leaves.as_ref().map(with_ip_options);
-            let input = with_ip_options(kernel);
+            let frame = leaves.as_ref().map(behind_options);
+            let input = behind_options(kernel);
             gate.expect(name, &input, 0, *verdict, frame.as_deref());
             gate.open_flow(confirmed);
             let frame = leaves.as_ref().map(|segment| tagged(0, &segment.frame()));
             let input = tagged(0, &kernel.frame());
             gate.expect(name, &input, 0, *verdict, frame.as_deref());
         }
+    });
+}
+
+#[test]
+fn options_that_linux_does_not_write_are_left_alone() {
+    use AckGateVerdict::{Lowered, Passed};
+    in_namespace(|| {
+        let mut gate = Gate::new(load_guarded());
+        let held = FIRST + 1000;
+        let confirmed = Confirmation::new(held, FIRST + 100_000);
+        let mut cut = sack(4);
+        cut.truncate(8);
+        let unknown = [254, 4, 0, 0];
+        // Name, options that the kernel sends, those that leave.
+        type Options<'a> = &'a [&'a [u8]];
+        let table: [(&str, Options<'_>, Options<'_>); 9] = [
+            ("SACK of length 0", &[&[5, 0, 1, 1]], &[&[5, 0, 1, 1]]),
+            ("SACK of length 1", &[&[1, 1, 5, 1]], &[&[1, 1, 5, 1]]),
+            ("SACK beyond the header", &[&cut], &[&cut]),
+            ("SACK without blocks", &[&[1, 1, 5, 2]], &[&nops(4)]),
+            ("timestamps of length 0", &[&[8, 0, 1, 1]], &[&[8, 0, 1, 1]]),
+            (
+                "timestamps beyond the header",
+                &[&STAMPS[..8]],
+                &[&STAMPS[..8]],
+            ),
+            (
+                "SACK behind the end of the list",
+                &[&[0; 4], &sack(1)],
+                &[&[0; 4], &sack(1)],
+            ),
+            (
+                "SACK behind an unknown option",
+                &[&unknown, &sack(1)],
+                &[&unknown, &nops(12)],
+            ),
+            (
+                "SACK behind two",
+                &[&unknown, STAMPS, &sack(1)],
+                &[&unknown, STAMPS, &nops(12)],
+            ),
+        ];
+        for (name, kernel, leaves) in table {
+            for (segment, verdict, expected) in [
+                (pure(held, 9000), Passed, pure(held, 9000)),
+                (
+                    pure(held + 2001, 9000).data(b"x"),
+                    Lowered,
+                    pure(held, 9500).data(b"x"),
+                ),
+            ] {
+                gate.open_flow(confirmed);
+                let (segment, expected) = (segment.options(kernel), expected.options(leaves));
+                gate.expect(name, &segment.frame(), 0, verdict, Some(&expected.frame()));
+            }
+            let has_stamps = name == "SACK behind two";
+            assert_eq!(gate.sent().tsval, if has_stamps { 7 } else { 0 }, "{name}");
+        }
+        // Options that are said to be where the data is, and behind the frame.
+        let segment = pure(held, 9000).data(b"no options here").frame();
+        for offset in [0x00, 0x40, 0xf0] {
+            gate.open_flow(confirmed);
+            let frame = with(segment.clone(), 46, &[offset]);
+            gate.expect("data offset", &frame, 0, Passed, Some(&frame));
+        }
+        // A SACK option of which the frame has the head only cannot be erased: nothing leaves.
+        gate.open_flow(confirmed);
+        let frame = pure(held, 9000).data(&sack(4)[..20]).frame();
+        let frame = with(frame, 46, &[0xf0]);
+        gate.expect("half an option", &frame, 0, AckGateVerdict::Held, None);
+        assert_eq!(gate.sent().told, FIRST, "nobody was told");
+    });
+}
+
+#[test]
+fn headers_outside_the_linear_part_of_a_buffer_are_rewritten_too() {
+    in_namespace(|| {
+        veth(9000);
+        let mut gate = Gate::new(load_guarded());
+        gate.programs.attach_gate("eth0").unwrap();
+        // Of a frame longer than a page a packet socket puts the Ethernet header alone into the linear
+        // part (`packet_alloc_skb`, net/packet/af_packet.c).
+        let (host, lan) = (packet_socket("eth0"), packet_socket("peer0"));
+        let payload = [7; 8000];
+        let held = FIRST + 1000;
+        gate.open_flow(Confirmation::new(held, FIRST + 100_000));
+        let ahead = pure(held + 2001, 9000).data(&payload);
+        transmit(&host, &ahead.options(&[STAMPS, &sack(3)]).frame());
+        let lowered = pure(held, 9500).data(&payload);
+        let lowered = lowered.options(&[STAMPS, &nops(28)]).frame();
+        let found = receive(&lan, QUIET, from_vip).unwrap();
+        assert!(found == lowered, "found {:02x?}", &found[..100]);
+        assert_eq!(gate.sent().next, NEXT + 8000);
+    });
+}
+
+#[test]
+fn a_version_is_odd_while_its_slot_is_being_written() {
+    in_namespace(|| {
+        let mut gate = Gate::new(load_guarded());
+        gate.open_flow(Confirmation::new(FIRST, FIRST_EDGE));
+        let (maps, over) = (gate.maps.clone(), AtomicBool::new(false));
+        let (frame, context) = (pure(FIRST, 9000).frame(), SkbContext::default());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let programs = &mut gate.programs;
+                    programs
+                        .test_runs(Program::Gate, &frame, context, 10_000)
+                        .unwrap();
+                }
+            });
+            let deadline = Instant::now() + slowed(PATIENCE);
+            let is_odd = || maps.glimpse(SLOT).unwrap().version % 2 == 1;
+            let mut looks = std::iter::repeat_with(is_odd);
+            let seen = looks.any(|is_odd| is_odd || Instant::now() > deadline);
+            over.store(true, Ordering::Relaxed);
+            assert!(seen && Instant::now() <= deadline, "never odd");
+        });
+        assert_eq!(gate.sent().version % 2, 0);
     });
 }
 
@@ -408,6 +332,9 @@ fn an_open_gate_changes_nothing_and_remembers_what_it_told() {
         let data = pure(FIRST + 6000, 39_750).data(b"x");
         let lowered = pure(FIRST + 5000, 40_000).data(b"x");
         gate.expect("shut", &data.frame(), 0, Lowered, Some(&lowered.frame()));
+        // Nor is the flow waited for that is let go alone.
+        gate.maps.confirm(SLOT, Confirmation::OPEN).unwrap();
+        gate.expect("let go", &data.frame(), 0, Open, Some(&data.frame()));
     });
 }
 
@@ -437,101 +364,6 @@ fn what_the_standby_does_not_know_passes_and_no_services_port_is_counted() {
     });
 }
 
-fn next_opening(ring: &mut RingBuf<MapData>) -> OpeningEvent {
-    OpeningEvent::parse(&ring.next().unwrap()).unwrap()
-}
-
-/// Maximum segment size, SACK permitted, timestamps, NOP, window scale: 20 bytes.
-const SYN_OPTIONS: &[u8] = &[
-    2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9, 1, 3, 3, 7,
-];
-
-#[test]
-fn a_syn_ack_is_held_and_reported_until_the_standby_knows_the_flow() {
-    use AckGateVerdict::{Open, Opening, Passed};
-    in_namespace(|| {
-        let mut gate = Gate::new(load_guarded());
-        let mut ring = gate.programs.take_openings().unwrap();
-        let syn_ack = pure(FIRST, 64_000)
-            .flags(SYN | ACK)
-            .seq(NEXT - 1)
-            .options(&[SYN_OPTIONS]);
-        let frame = syn_ack.frame();
-        gate.expect("unknown", &frame, 0, Opening, None);
-        let event = next_opening(&mut ring);
-        assert_eq!(event.flow, FLOW);
-        assert_eq!(event.kind, OpeningKind::Held as u32);
-        assert_eq!(event.packet(), &frame[14..]);
-        assert!(now_ns() - event.at_ns < 1_000_000_000);
-
-        // The longest headers that there are, and data behind them, which is left out.
-        let longest = syn_ack.clone().options(&[&nops(40)]).data(b"fast open");
-        let mut long = longest.frame();
-        long.splice(34..34, nops(40));
-        long[14] = 0x4f;
-        long[17] += 40;
-        gate.expect("longest", &tagged(0, &long), 0, Opening, None);
-        assert_eq!(
-            next_opening(&mut ring).packet(),
-            &long[14..14 + OPENING_CAPTURE]
-        );
-
-        // The agent lets it go: the standby has no room for it.
-        let released = AckGateVerdict::Released;
-        gate.expect("let go", &frame, RELEASE_MARK, released, Some(&frame));
-        assert!(ring.next().is_none());
-
-        gate.open_flow(Confirmation::new(FIRST, FIRST_EDGE));
-        gate.expect("known", &frame, 0, Passed, Some(&frame));
-        assert!(ring.next().is_none());
-        // The agent's own, should it send one.
-        gate.expect("marked", &frame, RELEASE_MARK, released, Some(&frame));
-        assert_eq!(gate.sent().told_edge, FIRST_EDGE, "not scaled");
-
-        // A later connection of the same addresses and ports.
-        let later = Segment {
-            ack: FIRST + 1,
-            ..syn_ack
-        };
-        gate.expect("later", &later.frame(), 0, Opening, None);
-        assert_eq!(next_opening(&mut ring).flow, FLOW);
-        let data = pure(FIRST + 9000, 1).frame();
-        let unguarded = AckGateVerdict::Unguarded;
-        gate.expect("forgotten", &data, 0, unguarded, Some(&data));
-
-        gate.maps.set_mode(false).unwrap();
-        gate.expect("open", &frame, 0, Open, Some(&frame));
-        let event = next_opening(&mut ring);
-        assert_eq!(event.flow, FLOW);
-        assert_eq!(event.kind, OpeningKind::Passed as u32);
-
-        gate.maps.set_mode(true).unwrap();
-        let released = AckGateVerdict::Released;
-        gate.expect("not taken", &frame, RELEASE_MARK, released, Some(&frame));
-        assert!(ring.next().is_none());
-    });
-}
-
-#[test]
-fn a_full_ring_of_openings_is_counted_and_the_syn_ack_is_held_all_the_same() {
-    in_namespace(|| {
-        let mut gate = Gate::new(load_guarded());
-        let frame = pure(FIRST, 64_000).flags(SYN | ACK).frame();
-        let mut taken = 0;
-        loop {
-            let (code, _, verdicts) = gate.run(&frame, 0);
-            assert_eq!(code, STOLEN);
-            if verdicts != [AckGateVerdict::Opening] {
-                assert_eq!(verdicts, [AckGateVerdict::OpeningLost]);
-                break;
-            }
-            taken += 1;
-            assert!(taken < 100_000);
-        }
-        assert!(taken > 6000, "the ring holds {taken}");
-    });
-}
-
 #[test]
 fn without_an_ack_gate_nothing_is_held_or_counted() {
     in_namespace(|| {
@@ -548,93 +380,6 @@ fn without_an_ack_gate_nothing_is_held_or_counted() {
     });
 }
 
-/// Nothing comes within this time: it was not sent.
-const QUIET: Duration = Duration::from_millis(60);
-
-fn transmit(socket: &OwnedFd, frame: &[u8]) {
-    send(socket.as_raw_fd(), frame, MsgFlags::empty()).unwrap();
-}
-
-#[test]
-fn a_syn_that_comes_in_is_reported_whether_or_not_the_gate_guards() {
-    in_namespace(|| {
-        veth(1500);
-        run("ip link set eth0 address 02:00:00:00:00:01");
-        let mut gate = Gate::new(load_guarded());
-        gate.programs.attach_gate("eth0").unwrap();
-        gate.programs.attach_mirror("eth0").unwrap();
-        let mut ring = gate.programs.take_openings().unwrap();
-        let lan = packet_socket("peer0");
-        let syn = pure(0, 64_000).flags(SYN).options(&[SYN_OPTIONS]).to_vip();
-        transmit(&lan, &syn);
-        let event = next_opening(&mut ring);
-        assert_eq!(event.flow, FLOW);
-        assert_eq!(event.kind, OpeningKind::Syn as u32);
-        assert_eq!(event.packet(), &syn[14..]);
-
-        let mut to_other_port = syn.clone();
-        to_other_port[36..38].copy_from_slice(&9999_u16.to_be_bytes());
-        let mut to_other_host = syn.clone();
-        to_other_host[5] = 0x77;
-        for (name, frame) in [
-            ("no service", to_other_port),
-            ("another host", to_other_host),
-            ("VLAN 5", tagged(5, &syn)),
-            ("SYN-ACK", pure(1, 1).flags(SYN | ACK).to_vip()),
-            ("SYN with RST", pure(1, 1).flags(SYN | RST).to_vip()),
-            ("ACK", pure(1, 1).to_vip()),
-        ] {
-            transmit(&lan, &frame);
-            assert!(ring.next().is_none(), "{name}");
-        }
-        gate.maps.set_mode(false).unwrap();
-        transmit(&lan, &syn);
-        assert_eq!(next_opening(&mut ring).kind, OpeningKind::Syn as u32);
-    });
-}
-
-#[test]
-fn the_standby_gets_a_held_syn_ack_marked_so_and_the_released_one_not_again() {
-    in_namespace(|| {
-        veth(1500);
-        run("ip link set eth0 address 02:00:00:00:00:01");
-        let mut gate = Gate::new(load_guarded_mirror("eth0"));
-        gate.programs.attach_gate("eth0").unwrap();
-        let standby = [2, 0, 0, 0, 0, 0x42];
-        let mirror = gate.programs.mirror().unwrap();
-        mirror.write(MirrorPeer::at(standby)).unwrap();
-        let lan = packet_socket("peer0");
-        let copy = || receive(&lan, QUIET, |frame| frame.starts_with(&standby));
-        let frame = pure(FIRST, 64_000)
-            .flags(SYN | ACK)
-            .seq(NEXT - 1)
-            .options(&[SYN_OPTIONS])
-            .frame();
-        gate.expect("held", &frame, 0, AckGateVerdict::Opening, None);
-        let found = copy().unwrap();
-        let tcp = &found[34..];
-        let sum = folded(&[&pseudo_header(tcp.len())[..], tcp].concat());
-        assert_eq!(sum, 0xffff, "the checksum is right");
-        let marked = HELD_URGENT.to_be_bytes();
-        assert_eq!(tcp[URGENT_OFFSET..][..2], marked);
-        let mut rest = found[14..].to_vec();
-        rest[20 + 16..20 + 20].copy_from_slice(&frame[50..54]);
-        assert_eq!(rest, frame[14..], "nothing else differs");
-
-        let released = AckGateVerdict::Released;
-        gate.open_flow(Confirmation::new(FIRST, FIRST_EDGE));
-        gate.expect("released", &frame, RELEASE_MARK, released, Some(&frame));
-        assert_eq!(copy(), None);
-        // While the gate is open nobody has held it, and the copy says so.
-        gate.maps.withdraw(&FLOW).unwrap();
-        gate.maps.set_mode(false).unwrap();
-        gate.expect("open", &frame, 0, AckGateVerdict::Open, Some(&frame));
-        assert_eq!(copy().unwrap()[14..], frame[14..]);
-        gate.expect("let go", &frame, RELEASE_MARK, released, Some(&frame));
-        assert_eq!(copy().unwrap()[14..], frame[14..]);
-    });
-}
-
 #[test]
 fn a_client_that_acknowledges_what_was_not_sent_is_not_copied() {
     use MirrorVerdict::{BeyondSent, Cloned};
@@ -644,7 +389,7 @@ fn a_client_that_acknowledges_what_was_not_sent_is_not_copied() {
         let mut gate = Gate::new(load_guarded_mirror("eth0"));
         gate.programs.attach_gate("eth0").unwrap();
         gate.programs.attach_mirror("eth0").unwrap();
-        let standby = MirrorPeer::at([2, 0, 0, 0, 0, 0x42]);
+        let standby = MirrorPeer::at(STANDBY);
         gate.programs.mirror().unwrap().write(standby).unwrap();
         let lan = packet_socket("peer0");
         let from_client = |ack, flags| pure(ack, 1).flags(flags).seq(FIRST).to_vip();

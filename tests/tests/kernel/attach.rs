@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use aya::programs::Xdp;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{MsgFlags, send};
-use rfsis_agent::bpf::{self, BpfError, LoadParams, Programs, XdpMode};
+use rfsis_agent::bpf::{self, BpfError, LoadParams, Program, Programs, SkbContext, XdpMode};
 use rfsis_agent::netif::{Netif, VipAddress};
 use rfsis_common::frame::tcp_flags::ACK;
 use rfsis_common::maps::{FrameHeader, State, names};
@@ -308,7 +308,8 @@ fn what_the_programs_log_becomes_events() {
         let log = programs.take_log().unwrap();
         let frame = tcp_to_vip(ACK, &[0; 1000]);
         for _ in 0..40 {
-            programs.test_xdp(&frame).unwrap();
+            let context = SkbContext::default();
+            programs.test_run(Program::Xdp, &frame, context).unwrap();
         }
         let output = tempfile::NamedTempFile::new().unwrap();
         let subscriber = tracing_subscriber::fmt()

@@ -2,7 +2,6 @@
 
 use std::net::Ipv4Addr;
 
-use rfsis_common::frame::tcp_flags::ACK;
 use rfsis_common::heartbeat::MAGIC;
 use rfsis_common::maps::FlowKey;
 
@@ -10,6 +9,8 @@ pub const VIP: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
 pub const OWN: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 50);
 pub const SERVICE: u16 = 7;
+/// Of a service whose answer only the active knows.
+pub const OBSERVED: u16 = 13;
 pub const CLIENT_PORT: u16 = 40_000;
 pub const FLOW: FlowKey = FlowKey {
     client_addr: u32::from_be_bytes(CLIENT.octets()),
@@ -17,8 +18,13 @@ pub const FLOW: FlowKey = FlowKey {
     service_port: SERVICE,
 };
 
+/// Whom frames are addressed to.
+pub const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// Whom copies are addressed to.
+pub const STANDBY: [u8; 6] = [2, 0, 0, 0, 0, 0x42];
+
 pub fn ethernet(ethertype: u16, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+    let mut frame = [OWN_MAC, [2, 0, 0, 0, 0, 2]].concat();
     frame.extend_from_slice(&ethertype.to_be_bytes());
     frame.extend_from_slice(payload);
     frame
@@ -64,6 +70,18 @@ pub fn udp_to_vip() -> Vec<u8> {
     ethernet(0x0800, &ipv4(17, CLIENT, VIP, &[156, 64, 0, 7, 0, 8, 0, 0]))
 }
 
+pub fn udp_from_vip() -> Vec<u8> {
+    ethernet(0x0800, &ipv4(17, VIP, CLIENT, &[0, 7, 156, 64, 0, 8, 0, 0]))
+}
+
+/// ICMP port unreachable (RFC 792) of the VIP's, with the head of the datagram that is refused.
+pub fn refusal(port: u16) -> Vec<u8> {
+    let [high, low] = port.to_be_bytes();
+    let refused = ipv4(17, CLIENT, VIP, &[156, 64, high, low, 0, 8, 0, 0]);
+    let icmp = [&[3, 3, 0, 0, 0, 0, 0, 0], &refused[..]].concat();
+    ethernet(0x0800, &ipv4(1, VIP, CLIENT, &icmp))
+}
+
 pub fn arp(operation: u8, sender: Ipv4Addr, target: Ipv4Addr, trailer: &[u8]) -> Vec<u8> {
     let mut packet = vec![0, 1, 8, 0, 6, 4, 0, operation, 2, 0, 0, 0, 0, 2];
     packet.extend_from_slice(&sender.octets());
@@ -79,10 +97,15 @@ pub fn heartbeat() -> Vec<u8> {
     arp(1, OWN, Ipv4Addr::new(192, 168, 1, 2), &trailer)
 }
 
-pub fn tagged(vlan: u16, frame: &[u8]) -> Vec<u8> {
+pub fn tagged(tci: u16, frame: &[u8]) -> Vec<u8> {
+    tagged_as(0x8100, tci, frame)
+}
+
+/// With a tag of this EtherType.
+pub fn tagged_as(ethertype: u16, tci: u16, frame: &[u8]) -> Vec<u8> {
     let mut tagged = frame[..12].to_vec();
-    tagged.extend_from_slice(&[0x81, 0]);
-    tagged.extend_from_slice(&vlan.to_be_bytes());
+    tagged.extend_from_slice(&ethertype.to_be_bytes());
+    tagged.extend_from_slice(&tci.to_be_bytes());
     tagged.extend_from_slice(&frame[12..]);
     tagged
 }
@@ -92,28 +115,23 @@ pub fn with(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
     frame
 }
 
-pub fn malformed_frames() -> Vec<(&'static str, Vec<u8>)> {
-    let tcp = || tcp_to_vip(ACK, b"payload");
-    vec![
-        ("no more than an Ethernet header", tcp()[..14].to_vec()),
-        ("cut inside the IPv4 header", tcp()[..30].to_vec()),
-        ("cut inside the payload", tcp()[..57].to_vec()),
-        ("header length 4", with(tcp(), 14, &[0x44])),
-        ("version 6 in IPv4", with(tcp(), 14, &[0x65])),
-        (
-            "header longer than the packet",
-            with(udp_to_vip(), 14, &[0x4f]),
-        ),
-        (
-            "total length beyond the frame",
-            with(tcp(), 16, &[0xff, 0xff]),
-        ),
-        ("total length within the header", with(tcp(), 16, &[0, 19])),
-        ("total length 0", with(tcp(), 16, &[0, 0])),
-        ("no room for a TCP header", with(tcp(), 16, &[0, 39])),
-        ("cut ARP", arp(1, CLIENT, VIP, &[])[..41].to_vec()),
-        ("cut VLAN tag", tagged(0, &tcp())[..17].to_vec()),
-    ]
+/// An IPv4 frame with so many words of options, NOPs, behind its header.
+pub fn with_ip_options(mut frame: Vec<u8>, words: u8) -> Vec<u8> {
+    frame.splice(34..34, vec![1; 4 * usize::from(words)]);
+    frame[14] += words;
+    let total = u16::from_be_bytes([frame[16], frame[17]]) + 4 * u16::from(words);
+    with(frame, 16, &total.to_be_bytes())
+}
+
+/// An IPv4 frame cut to so many bytes from its IPv4 header on, which says so.
+pub fn shortened(mut frame: Vec<u8>, total: u16) -> Vec<u8> {
+    frame.truncate(14 + usize::from(total));
+    with(frame, 16, &total.to_be_bytes())
+}
+
+pub fn padded(mut frame: Vec<u8>, len: usize) -> Vec<u8> {
+    frame.resize(len, 0);
+    frame
 }
 
 /// An untagged IPv4 frame from the VIP.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
 };
 use nix::time::{ClockId, clock_gettime};
 use rfsis_agent::bpf::{GuardParams, LoadParams, MirrorParams, Programs};
@@ -17,6 +17,12 @@ use rfsis_common::mirror::MirrorEgress;
 use tests::patience::wait_until;
 
 use crate::frames::{OWN, SERVICE, VIP};
+
+/// Room of an ACK gate.
+pub const GUARD: GuardParams = GuardParams {
+    max_flows: 16,
+    ifindex: 0,
+};
 
 /// Runs a test in a network namespace of its own.
 pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
@@ -99,7 +105,7 @@ pub fn load_with_ring(frame_ring_bytes: u32) -> Programs {
 
 /// Programs with an ACK gate for 16 flows, and tap `lan`.
 pub fn load_guarded() -> Programs {
-    load_with(1 << 20, None, Some(GuardParams { max_flows: 16 }))
+    load_with(1 << 20, None, Some(GUARD))
 }
 
 /// Programs that copy for a standby by this interface.
@@ -110,7 +116,16 @@ pub fn load_mirror(interface: &str, egress: MirrorEgress) -> Programs {
 /// The same with an ACK gate for 16 flows.
 pub fn load_guarded_mirror(interface: &str) -> Programs {
     let mirror = mirror_params(interface, MirrorEgress::Handshake);
-    load_with(1 << 20, Some(mirror), Some(GuardParams { max_flows: 16 }))
+    load_with(1 << 20, Some(mirror), Some(GUARD))
+}
+
+/// Programs with an ACK gate for 16 flows, on this interface.
+pub fn load_guarding(interface: &str) -> Programs {
+    load_with(1 << 20, None, Some(guard_params(index_of(interface))))
+}
+
+fn guard_params(ifindex: u32) -> GuardParams {
+    GuardParams { ifindex, ..GUARD }
 }
 
 fn mirror_params(interface: &str, egress: MirrorEgress) -> MirrorParams {
@@ -182,6 +197,11 @@ pub fn packet_socket(interface: &str) -> OwnedFd {
     .unwrap();
     bind(fd.as_raw_fd(), &address).unwrap();
     fd
+}
+
+/// Sends a frame as it is.
+pub fn transmit(fd: &OwnedFd, frame: &[u8]) {
+    send(fd.as_raw_fd(), frame, MsgFlags::empty()).unwrap();
 }
 
 /// The next frame that fits, or `None` after the time given.

@@ -1,10 +1,9 @@
 //! Tap `mirror`: what is copied to the standby, with which addresses, and that originals go on as they
 //! were.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, send};
 use rfsis_agent::bpf::{self, Programs};
 use rfsis_common::frame::tcp_flags::{ACK, FIN, RST, SYN};
 use rfsis_common::maps::{MirrorPeer, State};
@@ -12,15 +11,14 @@ use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
 use rfsis_common::verdict::GateVerdict;
 
 use crate::frames::{
-    CLIENT, FLOW, OWN, SERVICE, VIP, arp, ethernet, ipv4, segment, tagged, tcp_from_vip,
+    CLIENT, FLOW, OWN, SERVICE, STANDBY, VIP, arp, ethernet, ipv4, segment, tagged, tcp_from_vip,
     tcp_to_vip, udp_to_vip, with,
 };
 use crate::host::{
     in_namespace, load, load_mirror, mac_of, now_ns, packet_socket, receive, run, set_state,
-    snapshot, veth, wait,
+    snapshot, transmit, veth, wait,
 };
 
-const STANDBY: [u8; 6] = [2, 0, 0, 0, 0, 0x42];
 /// Whom the frames of this test are addressed to.
 const OWN_MAC: &str = "02:00:00:00:00:01";
 /// Nothing comes within this time: it was not sent.
@@ -64,10 +62,6 @@ impl Node {
             .flat_map(|verdict| (0..moved(verdict)).map(move |_| verdict))
             .collect()
     }
-}
-
-fn transmit(socket: &OwnedFd, frame: &[u8]) {
-    send(socket.as_raw_fd(), frame, MsgFlags::empty()).unwrap();
 }
 
 /// What comes until it is quiet, but for what the kernel says of its own accord.

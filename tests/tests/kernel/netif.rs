@@ -89,3 +89,30 @@ fn warming_asks_for_the_next_hop_in_the_hosts_own_name() {
         });
     });
 }
+
+#[test]
+fn next_hops_that_do_not_answer_are_forgotten_but_only_those_of_clients() {
+    in_namespace(|| {
+        veth(1500);
+        let (other, nowhere) = (Ipv4Addr::new(192, 168, 1, 77), Ipv4Addr::new(8, 8, 8, 8));
+        wait(async {
+            let netif = Netif::new("eth0").await.unwrap();
+            for address in [CLIENT, other] {
+                netif.warm_next_hop(address).await.unwrap();
+            }
+            let unresolved = || run("ip neigh show dev eth0");
+            assert_eq!(unresolved().matches("INCOMPLETE").count(), 2);
+            netif.warm_next_hop(nowhere).await.unwrap_err();
+            let clients = [nowhere, CLIENT];
+            assert_eq!(netif.forget_unresolved(&clients).await.unwrap(), 1);
+            let left = unresolved();
+            assert!(!left.contains(&CLIENT.to_string()), "{left}");
+            assert!(left.contains(&other.to_string()), "{left}");
+            run(&format!(
+                "ip neigh replace {CLIENT} lladdr 02:00:00:00:00:32 dev eth0 nud reachable"
+            ));
+            assert_eq!(netif.forget_unresolved(&clients).await.unwrap(), 0);
+            assert!(unresolved().contains("02:00:00:00:00:32"));
+        });
+    });
+}

@@ -23,15 +23,17 @@ use crate::takeover::converse;
 
 /// Idle flows at the death.
 const FLOWS: usize = 10_000;
-/// Above this a median says no more.
+/// Above this a median says no more; speeds differ more from one round to the next.
 const RUNS_MOST: usize = 5;
+const ROUNDS_MOST: usize = 10;
 /// The agent's thread that runs shadows and moves them.
 const SHADOW_THREAD: &str = "rfsis-shadows";
 /// Echoes before the death, and after the last adoption.
 const STEADY: u64 = 300;
 
 /// Where BBR is the default, a client that has waited for a takeover takes the path for a slow one: it then spaces
-/// its numbers by 10 ms of its own accord.
+/// its numbers by 10 ms of its own accord. And bulk over this path, of some 40 µs there and back, would measure how
+/// often anybody wakes on these CPUs: it takes each pause for a slower path (`docs/benchmarks.md`).
 const UNPACED: (&str, &str) = ("ipv4/tcp_congestion_control", "reno");
 
 /// Work on a flow, microseconds; all of them; and a gap for another flow.
@@ -55,6 +57,7 @@ struct Adoption {
 }
 
 pub fn measure(runs: usize) -> Result<Vec<Figure>> {
+    let rounds = runs.min(ROUNDS_MOST);
     let runs = runs.min(RUNS_MOST);
     println!(
         "### Adoption of {FLOWS} idle flows and one at 1 kHz by the kernel, median (greatest) of {runs} \
@@ -124,7 +127,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             millis(time(|o| o.gap_after).0),
         ),
     ];
-    figures.extend(speeds(runs)?);
+    figures.extend(speeds(rounds)?);
     Ok(figures)
 }
 
@@ -212,7 +215,7 @@ struct Speeds {
 fn speeds(rounds: usize) -> Result<Vec<Figure>> {
     println!(
         "### Bulk TCP on one connection after a takeover, offloads on, endpoints pinned: median \
-         (least–greatest) of {rounds} paired rounds, Gbit/s\n"
+         (least–greatest) of {rounds} paired rounds, Gbit/s. Congestion control: reno.\n"
     );
     let mut rows = vec![row([
         "way",
@@ -272,11 +275,16 @@ fn speeds(rounds: usize) -> Result<Vec<Figure>> {
 }
 
 fn lab() -> Result<Lab> {
-    Lab::build(&LabOptions {
+    let lab = Lab::build(&LabOptions {
         bridge: Bridge::Learning,
         offloads: true,
         ..LabOptions::default()
-    })
+    })?;
+    let (key, value) = UNPACED;
+    for host in Host::ALL {
+        lab.host(host).sysctl(key, value)?;
+    }
+    Ok(lab)
 }
 
 /// Bare first, or last: a drift of the machine meets both alike.

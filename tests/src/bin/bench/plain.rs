@@ -36,11 +36,14 @@ impl Plain {
         let mut command = mortal(std::env::current_exe().context("where this program is")?);
         command.arg(ARGUMENT).stdin(Stdio::null());
         let server = Self(namespace.spawn(command)?);
-        wait_until(
-            "the plain server",
-            || connect(lab, port::ECHO).map(drop),
-            Result::is_ok,
-        )?;
+        // It begins with one service after the other.
+        for port in [port::ECHO, port::DISCARD, port::CHARGEN] {
+            wait_until(
+                "the plain server",
+                || connect(lab, port).map(drop),
+                Result::is_ok,
+            )?;
+        }
         Ok(server)
     }
 

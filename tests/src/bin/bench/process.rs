@@ -68,17 +68,6 @@ fn voluntary_switches(status: &str) -> Result<u64> {
     Ok(count.trim().parse()?)
 }
 
-/// Memory in use, KiB (VmRSS of proc_pid_status(5)).
-pub fn resident_kib(agent: &Agent) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid()))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
-        .context("no VmRSS in /proc/PID/status")?;
-    let number = line.trim().trim_end_matches(" kB");
-    number.parse().with_context(|| format!("VmRSS:{line}"))
-}
-
 /// How often the thread of this name has gone to sleep.
 pub fn sleeps(agent: &Agent, thread: &str) -> Result<u64> {
     let threads = threads(agent.pid())?;

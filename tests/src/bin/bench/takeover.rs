@@ -10,7 +10,6 @@ use tests::patience::{PATIENCE, wait_until};
 use tests::report::{Figure, median, millis, row, spread, table};
 use tests::{Agent, Lab, Settings, VIP};
 
-use crate::process::resident_kib;
 use crate::settled::{is_standby, pair, valid};
 
 /// Idle flows at the death.
@@ -121,7 +120,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
 fn takeover(flows: usize) -> Result<Option<Takeover>> {
     let lab = Lab::build(&Default::default())?;
     let pair = pair(&lab, &Settings::heartbeat("10ms", 3));
-    let without = resident_kib(&pair.backup)?;
+    let without = pair.backup.resident_kib()? as f64;
     let mut clients = match converse(&lab, flows) {
         Err(_) if !is_standby(&pair.backup) => return Ok(None),
         clients => clients?,
@@ -132,7 +131,7 @@ fn takeover(flows: usize) -> Result<Option<Takeover>> {
     if status["state"] != "standby" {
         return Ok(None);
     }
-    let with = resident_kib(&pair.backup)?;
+    let with = pair.backup.resident_kib()? as f64;
 
     let killed = pair.primary.kill9();
     // Nobody asks the backup how it does until it has done: that would take time from it.
