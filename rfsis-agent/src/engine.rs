@@ -479,8 +479,8 @@ impl Engine {
         // What was mirrored before the kernel took over belongs to the standby.
         while self.take_frames(BATCH, at) {}
         self.take_lost();
-        if let (Some(link), Some(heard_at)) = (&self.link, self.shared.peer_heard_at())
-            && link.exchange.was_deaf(heard_at)
+        if let (Some(link), Some(at)) = (&self.link, self.shared.peer_lived_until())
+            && link.exchange.was_deaf(at)
         {
             self.flows.expose();
         }

@@ -65,10 +65,10 @@ impl Exchange {
         }
     }
 
-    /// Whether the active, last heard by its heartbeat at `heard_at` (ns), was not heard here for so long
+    /// Whether the active, by its heartbeats alive until `lived_until` (ns), was not heard here for so long
     /// that it may have opened its gate: it has lived until then, and perhaps until its next heartbeat.
-    pub fn was_deaf(&self, heard_at: Nanos) -> bool {
-        let dead_at = heard_at.saturating_add(self.interval);
+    pub fn was_deaf(&self, lived_until: Nanos) -> bool {
+        let dead_at = lived_until.saturating_add(self.interval);
         dead_at.saturating_sub(self.asked_at) > self.timeout
     }
 

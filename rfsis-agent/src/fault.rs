@@ -48,6 +48,8 @@ mod faults {
         SkipRing,
         /// An active does not yield to a higher epoch.
         IgnoreEpoch,
+        /// A node whose cable is cut goes on as if it were not.
+        IgnoreCarrier,
         /// A node takes sync datagrams that came before.
         AcceptReplays,
         /// A live shadow speaks one byte off.
@@ -70,7 +72,7 @@ mod faults {
 
     impl Fault {
         /// All of them.
-        pub const ALL: [Fault; 20] = [
+        pub const ALL: [Fault; 21] = [
             Fault::HoldNothing,
             Fault::LowerNoAck,
             Fault::LowerNoWindow,
@@ -82,6 +84,7 @@ mod faults {
             Fault::TakeOverEarly,
             Fault::SkipRing,
             Fault::IgnoreEpoch,
+            Fault::IgnoreCarrier,
             Fault::AcceptReplays,
             Fault::SpeakOneOff,
             Fault::PokeAhead,

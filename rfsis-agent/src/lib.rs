@@ -6,8 +6,8 @@
 //! know), [`sync`] (what the nodes tell each other about them), [`exchange`] (who of both is told),
 //! [`datagrams`] (UDP across a takeover), [`handler`] (what answers a service's bytes).
 //!
-//! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`pulse`] (the
-//! heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`adopt`] (a live
+//! **Edges**: [`bpf`] (programs and maps), [`netif`] (addresses, neighbours, qdisc), [`carrier`]
+//! (is there a cable), [`pulse`] (the heartbeat thread), [`engine`] (the shadow thread), [`services`] (kernel sockets), [`adopt`] (a live
 //! shadow becomes one), [`tcp_repair`] (what a kernel socket knows), [`metrics`],
 //! [`control`], [`tap`] (how frames reach the standby), [`link`] (sync channel and ACK gate), [`warm`] (next
 //! hops), [`privileges`] (capabilities), [`agent`] (start, stop, who talks to whom), [`sys`] (system calls).
@@ -17,6 +17,7 @@ pub mod agent;
 pub mod announce;
 pub mod auth;
 pub mod bpf;
+pub mod carrier;
 pub mod cli;
 pub mod collections;
 pub mod config;

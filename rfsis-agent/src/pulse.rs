@@ -1,4 +1,4 @@
-//! The heartbeat thread: feeds the [`Node`] with heartbeats and time, and does what it says.
+//! The heartbeat thread: feeds the [`Node`] with heartbeats, carrier and time, and does what it says.
 //!
 //! It has real-time priority where allowed, and waits for nobody: no lock, no log, no disk. What it
 //! has to say to the rest of the agent goes through channels and atomics.
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::announce::{self, Announcer};
 use crate::bpf::{MirrorWriter, StateWriter};
+use crate::carrier::CarrierWatch;
 use crate::engine::{Command, EngineHandle};
 use crate::heartbeat::wish::Wish;
 use crate::heartbeat::{Codec, MacAddr, Nanos};
@@ -82,6 +83,8 @@ pub struct Pulse {
     pub socket: PacketSocket,
     /// Heartbeats that came in.
     pub ring: RingBuf<MapData>,
+    /// What became of the interface's carrier.
+    pub carrier: CarrierWatch,
     /// The kernel's state.
     pub state: StateWriter,
     /// Whom the kernel copies to, with tap `mirror`.
@@ -164,6 +167,11 @@ impl Pulse {
         loop {
             let stopping = handle.stop.load(Ordering::Acquire);
             let now = sys::monotonic();
+            while let Some(carrier) = self.carrier.next() {
+                self.metrics.carrier.set(carrier.into());
+                // Not before it was told, wherever this thread was stopped.
+                self.handle(Event::Carrier(carrier), sys::monotonic(), &mut runner);
+            }
             self.drain(now, &mut runner);
             while let Ok(order) = self.orders.try_recv() {
                 self.handle(order, now, &mut runner);
@@ -373,12 +381,13 @@ impl Pulse {
         });
         let mut fds = [
             PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.carrier.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.ring.as_fd(), PollFlags::POLLIN),
         ];
         let watched = if self.interval <= SHORT_INTERVAL {
-            1
-        } else {
             2
+        } else {
+            3
         };
         // Interrupted or not, the loop looks at everything again.
         let _ = ppoll(&mut fds[..watched], timeout, None);
@@ -393,6 +402,9 @@ impl Pulse {
             .set_session(self.node.epoch(), self.node.peer_session());
         if let Some(peer) = peer {
             self.shared.peer_heard(peer.heard_at, peer.tap_mac);
+        }
+        if let Some(at) = self.node.peer_lived_until() {
+            self.shared.set_peer_lived_until(at);
         }
         let view = NodeView {
             state: self.node.state(),

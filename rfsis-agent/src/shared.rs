@@ -39,6 +39,7 @@ pub struct Shared {
     node: Mutex<NodeView>,
     census: Mutex<Census>,
     peer_heard_at: AtomicU64,
+    peer_lived_until: AtomicU64,
     /// The hardware address of the peer's tap in the low 48 bits, 0 if it was never heard.
     peer_tap: AtomicU64,
     /// The peer's session, 0 before it is proven.
@@ -64,6 +65,7 @@ impl Default for Shared {
             }),
             census: Mutex::default(),
             peer_heard_at: AtomicU64::new(0),
+            peer_lived_until: AtomicU64::new(0),
             peer_tap: AtomicU64::new(0),
             peer_session: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
@@ -107,6 +109,16 @@ impl Shared {
         let [a, b, c, d, e, f] = tap;
         let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
         self.peer_tap.store(number, Ordering::Relaxed);
+    }
+
+    /// The peer may have been active until `at` (ns).
+    pub fn set_peer_lived_until(&self, at: Nanos) {
+        self.peer_lived_until.store(at, Ordering::Relaxed);
+    }
+
+    /// Until when the peer may have been active, ns; `None` if it was never heard.
+    pub fn peer_lived_until(&self) -> Option<Nanos> {
+        Some(self.peer_lived_until.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
     /// The node's epoch, and the peer's session once it is proven.

@@ -11,7 +11,7 @@ use tests::agent::port;
 use tests::client::{connect, hears, says};
 use tests::faults::{Fault, Traffic};
 use tests::patience::{slowed, wait_until};
-use tests::{Death, Lab, Pair, Wiring};
+use tests::{Death, Host, Lab, Pair, Wiring};
 
 /// To be told at once, and to be told when the client has been asked for some seconds and repeated nothing.
 const AT_ONCE: Duration = Duration::from_secs(3);
@@ -97,6 +97,24 @@ fn who_waits_for_what_an_active_said_just_before_its_death_is_told() {
     lose(&lab, &[SYNC[0], SYNC[1], Traffic::Copies]);
     echoes(&incomplete, 2);
     pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    is_reset_within(&incomplete, WHEN_ASKED);
+}
+
+/// What the active says while the standby's cable is out the standby cannot know, nor when the active died.
+#[test]
+fn who_waits_for_what_an_active_said_while_the_standby_had_no_cable_is_told() {
+    let lab = Wiring::Mirror.lab();
+    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
+    let incomplete = connect(&lab, port::ECHO).unwrap();
+    echoes(&incomplete, 1);
+    pair.backup.wait_flows("lockstep", 1);
+    lab.cut(Host::B);
+    pair.primary.wait_protection("degraded");
+    echoes(&incomplete, 2);
+    pair.primary_dies(&lab, Death::Kill9);
+    assert_eq!(pair.backup.status().unwrap()["state"], "standby");
+    lab.mend(Host::B);
     pair.wait_takeover();
     is_reset_within(&incomplete, WHEN_ASKED);
 }

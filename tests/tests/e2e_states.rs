@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use tests::agent::port;
+use tests::faults::{Fault, Traffic};
 use tests::patience::wait_until;
 use tests::{Agent, Capture, Death, Host, Pair, Typist, VIP, Wiring, on_each_wiring};
 
@@ -26,10 +27,12 @@ fn a_stopped_and_continued_active_ends_with_exactly_one_active(wiring: Wiring) {
 fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again(wiring: Wiring) {
     let lab = wiring.lab();
     let pair = Pair::start(&lab, &wiring.settings());
-    pair.primary_dies(&lab, Death::LinkCut);
+    // Both have carrier: it is between the switches that nothing gets through.
+    lab.suffer(&[Traffic::HeartbeatsOfA, Traffic::HeartbeatsOfB].map(|of| Fault::loses(of, 100)));
     pair.wait_takeover();
+    assert_eq!(pair.primary.status().unwrap()["state"], "active");
     let capture = Capture::start(&lab);
-    lab.mend(Host::A);
+    lab.heal();
     assert_eq!(pair.wait_one_active().host(), Host::B);
     let loser = pair.primary.wait_state("standby");
     let winner = pair.backup.status().unwrap();
@@ -44,6 +47,102 @@ fn two_actives_after_a_partition_become_one_and_the_winner_announces_itself_agai
         announcements.count() > 0,
         "gratuitous ARP after the link was mended"
     );
+}
+
+/// Who works on a standby may pull its cable: nobody notices, and it comes back as what it was.
+fn a_standby_whose_cable_is_pulled_stays_standby_and_guards_again_afterwards(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    let before = pair.primary.status().unwrap();
+    lab.cut(Host::B);
+    pair.primary
+        .wait_status("not ready", |status| status["ready"] == false);
+    let alone = pair
+        .backup
+        .wait_status("not ready", |status| status["ready"] == false);
+    assert_eq!(alone["state"], "standby", "{alone:#}");
+    nc.echoes("in the cut");
+    lab.mend(Host::B);
+    for (agent, state) in [(&pair.primary, "active"), (&pair.backup, "standby")] {
+        let after = agent.wait_status("ready", |status| status["ready"] == true);
+        assert_eq!(
+            (&after["state"], &after["epoch"]),
+            (&state.into(), &before["epoch"])
+        );
+    }
+    nc.echoes("after");
+}
+
+/// Plugged in again it hears that there is another, before it says anything.
+fn an_active_whose_cable_was_pulled_is_silent_when_it_is_plugged_in_again(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::LinkCut);
+    pair.wait_takeover();
+    let fenced = pair.primary.wait_state("fenced");
+    assert_eq!(fenced["epoch"], 1, "it claims nothing: {fenced:#}");
+    let capture = Capture::start(&lab);
+    lab.mend(Host::A);
+    pair.primary.wait_state("standby");
+    nc.echoes("after");
+    let trace = capture.stop();
+    assert_eq!(trace.from_vip_by(Host::A.mac()).count(), 0);
+    trace.no_reset_from_vip().unwrap();
+}
+
+/// Both lose their cables at once, and get them again, the standby last: nobody takes over, and all goes on.
+fn a_switch_that_is_restarted_moves_nothing(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.wait_flows("lockstep", 1);
+    let nodes = [(&pair.primary, "active"), (&pair.backup, "standby")];
+    let before = nodes.map(|(agent, _)| agent.status().unwrap());
+    for (agent, _) in nodes {
+        lab.cut(agent.host());
+    }
+    pair.primary.wait_state("fenced");
+    pair.backup
+        .wait_status("not ready", |status| status["ready"] == false);
+    let capture = Capture::start(&lab);
+    for (agent, _) in nodes {
+        lab.mend(agent.host());
+    }
+    for ((agent, state), before) in nodes.iter().zip(&before) {
+        let after = agent.wait_status("ready", |status| status["ready"] == true);
+        assert_eq!(
+            (&after["state"], &after["epoch"]),
+            (&(*state).into(), &before["epoch"])
+        );
+        assert_eq!(after["failovers"], before["failovers"]);
+    }
+    nc.echoes("after");
+    let trace = capture.stop();
+    trace.no_reset_from_vip().unwrap();
+    assert_eq!(trace.voices(), [Host::A.mac()]);
+}
+
+/// Nobody else is there to speak for the VIP: who was cut off does so again, and its connections go on.
+fn an_active_that_is_alone_goes_on_when_its_cable_is_plugged_in_again(wiring: Wiring) {
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let mut nc = Typist::tcp(&lab, port::ECHO);
+    nc.echoes("before");
+    pair.backup.kill9();
+    lab.cut(Host::A);
+    pair.primary.wait_state("fenced");
+    let capture = Capture::start(&lab);
+    lab.mend(Host::A);
+    pair.primary.wait_state("active");
+    nc.echoes("after");
+    capture.stop().no_reset_from_vip().unwrap();
 }
 
 fn a_restarted_primary_becomes_standby_while_the_backup_is_active(wiring: Wiring) {
@@ -142,6 +241,10 @@ fn a_standby_that_dies_disturbs_nobody(wiring: Wiring) {
 on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
     a_stopped_and_continued_active_ends_with_exactly_one_active => super::a_stopped_and_continued_active_ends_with_exactly_one_active;
     two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again => super::two_actives_after_a_partition_become_one_and_the_winner_announces_itself_again;
+    a_standby_whose_cable_is_pulled_stays_standby_and_guards_again_afterwards => super::a_standby_whose_cable_is_pulled_stays_standby_and_guards_again_afterwards;
+    an_active_whose_cable_was_pulled_is_silent_when_it_is_plugged_in_again => super::an_active_whose_cable_was_pulled_is_silent_when_it_is_plugged_in_again;
+    a_switch_that_is_restarted_moves_nothing => super::a_switch_that_is_restarted_moves_nothing;
+    an_active_that_is_alone_goes_on_when_its_cable_is_plugged_in_again => super::an_active_that_is_alone_goes_on_when_its_cable_is_plugged_in_again;
     a_restarted_primary_becomes_standby_while_the_backup_is_active => super::a_restarted_primary_becomes_standby_while_the_backup_is_active;
     the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn => super::the_restarted_primary_takes_over_when_the_backup_dies_in_its_turn;
     a_backup_that_hears_nobody_becomes_active_after_the_startup_grace => super::a_backup_that_hears_nobody_becomes_active_after_the_startup_grace;

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::adopt::{Adopted, OpenFlows};
 use crate::bpf::Programs;
+use crate::carrier::CarrierWatch;
 use crate::cli::{Fatal, Role};
 use crate::config::{Config, Protect, Protocol, SyncConfig, Tap};
 use crate::datagrams::{Datagrams, DatagramsConfig};
@@ -269,6 +270,7 @@ pub(super) fn start_pulse(
         socket: PacketSocket::open(netif.index)
             .map_err(|error| lacks_raw(error, "a packet socket"))?,
         ring: programs.take_heartbeats()?,
+        carrier: CarrierWatch::open(netif.index).context("cannot watch the interface's carrier")?,
         state: programs.state_map()?,
         mirror: match config.tap {
             Tap::Lan => None,

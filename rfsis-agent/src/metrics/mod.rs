@@ -129,6 +129,8 @@ pub struct Metrics {
     pub without_redundancy: Counter,
     /// `rfsis_takeover_duration_seconds`.
     pub takeover_duration: Histogram,
+    /// `rfsis_carrier`, 0 or 1.
+    pub carrier: IntGauge,
     /// `rfsis_heartbeat_age_seconds`, set by the scrape hook.
     pub heartbeat_age: Gauge,
     /// `rfsis_heartbeats_total{direction="sent"}`.
@@ -240,6 +242,10 @@ impl Metrics {
                 )
                 .buckets(TAKEOVER_BUCKETS.to_vec()),
             )?)?,
+            carrier: family.integer(
+                "rfsis_carrier",
+                "1 while the VIP's interface has carrier; without it the node neither speaks nor takes over.",
+            )?,
             heartbeat_age: family.register(Gauge::new(
                 "rfsis_heartbeat_age_seconds",
                 "Since the peer's last authentic heartbeat arrived.",

@@ -42,6 +42,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_redundant", "gauge"),
         ("rfsis_without_redundancy_seconds_total", "counter"),
         ("rfsis_takeover_duration_seconds", "histogram"),
+        ("rfsis_carrier", "gauge"),
         ("rfsis_heartbeat_age_seconds", "gauge"),
         ("rfsis_heartbeats_total", "counter"),
         ("rfsis_sync_datagrams_total", "counter"),

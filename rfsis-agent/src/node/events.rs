@@ -32,6 +32,8 @@ pub enum Event {
     },
     /// The last [`Action::SendHeartbeat`] failed; or no frame can leave at all.
     LinkSendFailed,
+    /// The interface has carrier now, or none. Before the first, it counts as there.
+    Carrier(bool),
     /// What [`Action::TakeOver`] asks for is done.
     TakeoverDone,
     /// Hand the VIP over to the standby. Answered by [`Fact::HandingOver`] or [`Fact::NotHandedOver`], and
@@ -226,10 +228,14 @@ pub enum Fact {
     },
     /// The peer yielded.
     DoubleActiveEnded,
-    /// The agent did not run for longer than its lease.
+    /// The interface has carrier again, or none any more.
+    Carrier(bool),
+    /// The lease ran out: the agent did not run for so long, or nothing that it sent could leave.
     Fenced {
-        /// How long ago the lease ran out.
+        /// How long ago.
         lapsed_for: Duration,
+        /// Whether the interface has carrier.
+        carrier: bool,
     },
     /// The peer had not taken over.
     Resumed {
@@ -261,6 +267,7 @@ impl Fact {
             Fact::Yielded(YieldReason::HandedOver, _) => tracing::Level::INFO,
             Fact::PeerDown { .. }
             | Fact::DoubleActive { .. }
+            | Fact::Carrier(false)
             | Fact::Fenced { .. }
             | Fact::NotHandedOver(_)
             | Fact::Refused { .. }
@@ -312,7 +319,19 @@ impl fmt::Display for Fact {
                 "both nodes are active, epoch {own} here and {peer} there: the peer must yield; was the LAN cut?"
             ),
             Fact::DoubleActiveEnded => write!(f, "the peer yielded: one node is active"),
-            Fact::Fenced { lapsed_for } => write!(
+            Fact::Carrier(true) => write!(f, "the interface has carrier"),
+            Fact::Carrier(false) => write!(
+                f,
+                "the interface has no carrier: this node hears nobody, and does not take over"
+            ),
+            Fact::Fenced {
+                lapsed_for,
+                carrier: false,
+            } => write!(
+                f,
+                "fenced: without carrier nobody hears this node, and its lease ran out {lapsed_for:?} ago"
+            ),
+            Fact::Fenced { lapsed_for, .. } => write!(
                 f,
                 "fenced: this agent did not run, and its lease ran out {lapsed_for:?} ago; is the host overloaded?"
             ),

@@ -24,11 +24,13 @@
 //!   stays closed for longer than one lease from when that was sent. Longer, because a lease holds
 //!   in its last nanosecond too. Whatever the peer decided before it could hear the claim is heard
 //!   by then, or has lapsed. The gate opens with the lease that the claim's heartbeats earned.
+//! - A node without **carrier** earns no lease and decides nothing: see [`carrier`].
 //! - A **planned handover** closes the gate before it is offered: see [`handover`].
 //!
 //! With loss or a cut LAN both may be active. Then the higher epoch wins, and at equal epochs the
 //! numerically higher node address.
 
+mod carrier;
 pub mod events;
 mod handover;
 mod patience;
@@ -78,11 +80,13 @@ enum Phase {
     /// The gate is open; shadows and announcements are under way.
     TakingOver,
     Active,
-    /// `since`, with the sequence of our first heartbeat that says so; `lapsed` is the old lease.
+    /// `since`, with the sequence of our first heartbeat that says so; `lapsed` is the old lease. `absent`: there
+    /// was no carrier then, and there is none since, so nobody has heard of it.
     Fenced {
         since: Nanos,
         first_sequence: u64,
         lapsed: Nanos,
+        absent: bool,
     },
     /// The gate is closed; the standby was offered the VIP.
     HandingOver {
@@ -142,6 +146,9 @@ pub struct Node {
     pending_lease: Option<PendingLease>,
     started: Nanos,
     next_send: Nanos,
+    /// The interface has carrier; since when, if it once had none.
+    carrier: bool,
+    connected_at: Option<Nanos>,
 
     session: PeerSession,
     peer: Option<PeerView>,
@@ -181,6 +188,8 @@ impl Node {
             pending_lease: None,
             started: now,
             next_send: now,
+            carrier: true,
+            connected_at: None,
             session: PeerSession::new(config.node, config.peer, config.session, interval),
             peer: None,
             peer_up: false,
@@ -246,6 +255,7 @@ impl Node {
     pub fn next_wakeup(&self) -> Nanos {
         let decision = match self.phase {
             Phase::Stopped => return Nanos::MAX,
+            _ if !self.carrier => Nanos::MAX,
             Phase::Standby {
                 deadline: Some(deadline),
                 ..
@@ -275,6 +285,7 @@ impl Node {
             Event::Tick => self.process_tick(now, actions),
             Event::HeartbeatSent { sequence } => self.process_sent(sequence, now, actions),
             Event::LinkSendFailed => self.pending_lease = None,
+            Event::Carrier(carrier) => self.process_carrier(carrier, now, actions),
             Event::TakeoverDone => {
                 if self.phase == Phase::TakingOver {
                     self.phase = Phase::Active;
@@ -319,12 +330,15 @@ impl Node {
         let theirs = rank(heartbeat.epoch, heartbeat.state, heartbeat.node);
         let outranks_us =
             theirs > rank(self.epoch, self.state(), self.config.node) && !faulty!(IgnoreEpoch);
-        let deadline = arrival.saturating_add(self.takeover_time);
+        // What came before the cable was cut says nothing of the time since it is there again.
+        let before_cut = self.connected_at.is_some_and(|at| arrival < at);
+        let heard_at = arrival.max(self.connected_at.unwrap_or(0));
+        let deadline = heard_at.saturating_add(self.takeover_time);
         let newly_fenced = heartbeat.state == State::Fenced && !self.peer_fenced;
         self.peer_fenced = heartbeat.state == State::Fenced;
 
         match self.phase {
-            Phase::Standby { .. } if heartbeat.state == State::HandingOver => {
+            Phase::Standby { .. } if heartbeat.state == State::HandingOver && !before_cut => {
                 self.epoch = self.epoch.max(self.seen_epoch);
                 // Taken by the next tick, which knows what came behind it.
                 self.phase = Phase::Standby {
@@ -381,6 +395,12 @@ impl Node {
             Phase::Fenced { .. } if speaks => {
                 self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
             }
+            // It has been active meanwhile, or an agent before it may have been.
+            Phase::Fenced { .. }
+                if heartbeat.epoch > self.epoch || freshness == Freshness::NewSession =>
+            {
+                self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
+            }
             Phase::Fenced { .. } if heartbeat.state == State::Fenced && outranks_us => {
                 self.yield_to_peer(YieldReason::BothFenced, deadline, now, actions);
             }
@@ -388,6 +408,7 @@ impl Node {
                 since,
                 first_sequence,
                 lapsed,
+                absent: false,
             } if heartbeat.state == State::Standby
                 && self.session.echoes_since(heartbeat.echo, first_sequence) =>
             {
@@ -496,6 +517,7 @@ impl Node {
             0
         };
         match self.phase {
+            _ if !self.carrier => {}
             Phase::Standby {
                 deadline: Some(deadline),
                 offered,
@@ -622,12 +644,16 @@ impl Node {
             since: now,
             first_sequence: self.session.own_sequence() + 1,
             lapsed,
+            absent: !self.carrier,
         };
         self.double_active = false;
         self.set_kernel_state(State::Fenced, 0, actions);
         self.dispatch_heartbeat(now, actions);
         let lapsed_for = Duration::from_nanos(now.saturating_sub(lapsed));
-        actions.push(Action::Report(Fact::Fenced { lapsed_for }));
+        actions.push(Action::Report(Fact::Fenced {
+            lapsed_for,
+            carrier: self.carrier,
+        }));
     }
 
     /// The peer's answer promises no takeover until a takeover time after `since`.
@@ -705,7 +731,7 @@ impl Node {
         };
         let to = self.peer.filter(|_| self.peer_heard(now)).map(|p| p.mac);
         actions.push(Action::SendHeartbeat { heartbeat, to });
-        self.pending_lease = speaks(heartbeat.state).then(|| PendingLease {
+        self.pending_lease = (self.carrier && speaks(heartbeat.state)).then(|| PendingLease {
             sequence,
             until: now.saturating_add(self.lease),
         });

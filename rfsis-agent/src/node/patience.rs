@@ -67,8 +67,9 @@ impl Node {
     }
 
     pub(super) fn peer_silent_at(&self) -> Nanos {
-        self.peer
-            .map_or(0, |p| p.heard_at.saturating_add(self.takeover_time))
+        // From the carrier's return on it could be heard.
+        let since = self.peer.map(|peer| peer.heard_at).max(self.connected_at);
+        since.map_or(0, |at| at.saturating_add(self.takeover_time))
     }
 
     pub(super) fn peer_silent_for(&self, now: Nanos) -> Option<Duration> {

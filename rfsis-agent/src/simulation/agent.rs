@@ -428,8 +428,8 @@ impl Machine {
     fn go_live(&mut self, agent: &mut Agent, at: Nanos, now: Nanos) {
         self.take_frames(agent, at, now);
         self.take_lost(agent);
-        if let (Some(exchange), Some(heard_at)) = (&agent.exchange, agent.pulse.shown.peer_heard_at)
-            && exchange.was_deaf(heard_at)
+        if let (Some(exchange), Some(at)) = (&agent.exchange, agent.pulse.shown.peer_lived_until)
+            && exchange.was_deaf(at)
         {
             agent.flows.expose();
         }

@@ -21,6 +21,8 @@ enum Event {
     Opens(usize),
     Trouble(usize),
     Start(usize),
+    /// Its cable is there again.
+    Plugged(usize),
     /// A packet of the VIP's: for whom it is, and whether the peer sends it.
     Arrives {
         at: usize,
@@ -89,6 +91,8 @@ pub(crate) struct Cluster {
     active: usize,
     /// Machines without power, until then.
     off: [Nanos; 2],
+    /// Machines without a cable, until then.
+    unplugged: [Nanos; 2],
     spells: Vec<Spell>,
     recorded: [VecDeque<Recorded>; 2],
     /// Two nodes may be active until then.
@@ -140,6 +144,7 @@ impl Cluster {
             owner: None,
             active: 0,
             off: [0; 2],
+            unplugged: [0; 2],
             spells: vec![],
             recorded: [VecDeque::new(), VecDeque::new()],
             split_until: 0,
@@ -257,7 +262,11 @@ impl Cluster {
     }
 
     fn check_gates(&mut self) {
-        let open = [0, 1].map(|m| self.machines[m].kernel.may_speak(self.now));
+        // Without a cable nothing leaves, whatever a gate lets through: that a cut is noticed a moment late shows only
+        // to who is plugged in again in that moment.
+        let open = [0, 1].map(|m| {
+            self.machines[m].kernel.may_speak(self.now) && !self.is_unplugged(Place::Machine(m))
+        });
         if let Some(active) = open.iter().position(|open| *open) {
             self.active = active;
         }
@@ -394,7 +403,14 @@ impl Cluster {
         self.rng.happens(rate)
     }
 
+    fn is_unplugged(&self, place: Place) -> bool {
+        matches!(place, Place::Machine(machine) if self.now < self.unplugged[machine])
+    }
+
     fn is_cut(&self, from: Place, to: Place) -> bool {
+        if self.is_unplugged(from) || self.is_unplugged(to) {
+            return true;
+        }
         self.spells.iter().any(|spell| {
             matches!(spell.trouble, Trouble::Cut { from: f, to: t, .. } if (f, t) == (from, to))
                 && self.now < spell.until
@@ -508,6 +524,9 @@ impl Cluster {
 
     /// Something leaves a machine.
     fn leave(&mut self, from: usize, out: Out) {
+        if self.is_unplugged(Place::Machine(from)) {
+            return;
+        }
         let to = 1 - from;
         let lan = self.scenario.lan;
         match out {
@@ -656,6 +675,15 @@ impl Cluster {
                     say!(self, "{}: starts, session {session:x}", name(index));
                     self.machines[index].start(session, self.now);
                     self.promises.note_start(index);
+                    if self.is_unplugged(Place::Machine(index)) {
+                        self.show_carrier(index, false);
+                    }
+                }
+            }
+            Event::Plugged(index) => {
+                if self.now >= self.unplugged[index] {
+                    say!(self, "{}: plugged in", name(index));
+                    self.show_carrier(index, true);
                 }
             }
             Event::Arrives {
@@ -793,6 +821,12 @@ impl Cluster {
                     agent.engine_stalled = until;
                 }
             }
+            Trouble::Unplug { who, .. } => {
+                let victim = machine(who);
+                self.unplugged[victim] = self.unplugged[victim].max(until);
+                self.show_carrier(victim, false);
+                self.at(until, Event::Plugged(victim));
+            }
             Trouble::Cut { .. } | Trouble::Lose { .. } => {
                 self.spells.push(Spell { trouble, until });
             }
@@ -802,6 +836,12 @@ impl Cluster {
                 }
             }
             Trouble::Replay { count } => self.replay(count),
+        }
+    }
+
+    fn show_carrier(&mut self, machine: usize, carrier: bool) {
+        if let Some(agent) = &mut self.machines[machine].agent {
+            agent.pulse.carrier.push_back(carrier);
         }
     }
 

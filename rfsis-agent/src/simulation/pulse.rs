@@ -21,7 +21,7 @@ enum Todo {
 pub(crate) struct Shown {
     pub(crate) epoch: u64,
     pub(crate) peer_session: Option<u64>,
-    pub(crate) peer_heard_at: Option<Nanos>,
+    pub(crate) peer_lived_until: Option<Nanos>,
 }
 
 /// What one step did that others must hear of.
@@ -49,6 +49,8 @@ pub(crate) struct Pulse {
     handing_over: bool,
     /// To be told to hand over.
     pub(crate) hand_over: bool,
+    /// What became of the carrier, and was not read yet.
+    pub(crate) carrier: VecDeque<bool>,
     pub(crate) commands: VecDeque<Command>,
     pub(crate) shown: Shown,
     last_epoch: u64,
@@ -68,6 +70,7 @@ impl Pulse {
             announcer: Announcer::default(),
             handing_over: false,
             hand_over: false,
+            carrier: VecDeque::new(),
             commands: VecDeque::new(),
             shown: Shown::default(),
             last_epoch: 0,
@@ -81,7 +84,8 @@ impl Pulse {
         let busy = self.round.is_some()
             || !self.todo.is_empty()
             || !self.ring.is_empty()
-            || self.hand_over;
+            || self.hand_over
+            || !self.carrier.is_empty();
         if busy {
             return 0;
         }
@@ -114,6 +118,11 @@ impl Pulse {
             self.decided = false;
             return Some(stepped);
         };
+        if let Some(carrier) = self.carrier.pop_front() {
+            // The agent may have been stopped since the round began.
+            self.feed(Event::Carrier(carrier), now);
+            return Some(stepped);
+        }
         let skips = faulty!(SkipRing) && now >= self.node.next_wakeup() && !self.decided;
         if !skips && let Some((arrival, heartbeat)) = self.ring.pop_front() {
             self.feed(Event::Heartbeat { heartbeat, arrival }, round.max(arrival));
@@ -148,7 +157,7 @@ impl Pulse {
         self.shown = Shown {
             epoch,
             peer_session: self.node.peer_session(),
-            peer_heard_at: self.node.peer().map(|peer| peer.heard_at),
+            peer_lived_until: self.node.peer_lived_until(),
         };
         Some(stepped)
     }

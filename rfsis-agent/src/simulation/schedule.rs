@@ -31,6 +31,8 @@ pub(crate) enum Trouble {
     Pause { who: Who, steps: u32, time: Nanos },
     /// Its shadow thread does not.
     Stall { who: Who, time: Nanos },
+    /// The machine's cable is pulled, and plugged in again: its interface shows that.
+    Unplug { who: Who, time: Nanos },
     /// Nothing gets through, one way.
     Cut { from: Place, to: Place, time: Nanos },
     /// Packets between client and VIP, copies, datagrams of the sync channel, heartbeats get lost.
@@ -57,6 +59,7 @@ impl Trouble {
             Trouble::Kill { back, .. } | Trouble::Reboot { back, .. } => back,
             Trouble::Pause { time, .. }
             | Trouble::Stall { time, .. }
+            | Trouble::Unplug { time, .. }
             | Trouble::Cut { time, .. }
             | Trouble::Lose { time, .. } => time,
             Trouble::Switchover | Trouble::Replay { .. } => 0,
@@ -99,6 +102,9 @@ impl fmt::Display for Trouble {
                 "stop the shadow thread of the {who:?} for {} ms",
                 ms(time)
             ),
+            Trouble::Unplug { who, time } => {
+                write!(f, "unplug the {who:?} for {} ms", ms(time))
+            }
             Trouble::Cut { from, to, time } => {
                 write!(f, "cut {from:?} -> {to:?} for {} ms", ms(time))
             }
@@ -218,7 +224,9 @@ impl Scenario {
         };
         let adopts = rng.below(4) > 0;
         let again = rng.below(3) == 0;
-        let troubles = troubles(&mut rng, takeover_time, again);
+        let mut troubles = troubles(&mut rng, takeover_time, again);
+        troubles.extend(unplugged(seed, takeover_time));
+        troubles.sort_by_key(|(at, _)| *at);
         // Each service has the same buffers for all.
         let buffer = 2048 << rng.below(8);
         let count = 1 + rng.below(4);
@@ -244,6 +252,9 @@ impl Scenario {
         ends.max().unwrap_or(0)
     }
 }
+
+/// Of the dice for cables.
+const UNPLUGGED: u64 = 0x756e_706c_7567_000c;
 
 /// A first sequence number: perhaps one that soon wraps around, perhaps the stack's own.
 fn wrapping(rng: &mut Rng) -> Option<u32> {
@@ -274,6 +285,28 @@ fn troubles(rng: &mut Rng, takeover_time: Nanos, again: bool) -> Vec<(Nanos, Tro
         if again {
             at += takeover_time + rng.below(1500) * MS;
         }
+    }
+    troubles
+}
+
+/// A cable that is pulled besides, in one of eight scenarios; perhaps the active dies while its standby's is. By dice
+/// of their own, and none of those that the regressions are about.
+fn unplugged(seed: u64, takeover_time: Nanos) -> Vec<(Nanos, Trouble)> {
+    let mut rng = Rng(seed ^ UNPLUGGED);
+    if rng.below(8) > 0 {
+        return vec![];
+    }
+    let at = FIRST + rng.pick(&[20, 200, 2000]) * MS * (1 + rng.below(1000)) / 1000;
+    let who = rng.pick(&[Who::Active, Who::Standby, Who::Standby]);
+    let time = rng.pick(&[1, 2, 4, 16]) * takeover_time * (1 + rng.below(1000)) / 1000 + MS;
+    let mut troubles = vec![(at, Trouble::Unplug { who, time })];
+    if who == Who::Standby && rng.below(2) == 0 {
+        let after = rng.below(time);
+        let death = Trouble::Kill {
+            who: Who::Active,
+            back: time - after + 4 * takeover_time,
+        };
+        troubles.push((at + after, death));
     }
     troubles
 }
