@@ -66,7 +66,7 @@ impl CarrierWatch {
     }
 
     /// The next that the kernel told; `None` when it has told nothing more.
-    pub fn next(&mut self) -> Option<bool> {
+    pub fn read(&mut self) -> Option<bool> {
         loop {
             self.message.clear();
             match self.socket.recv_from(&mut self.message, 0) {
@@ -145,7 +145,7 @@ mod tests {
     fn the_first_that_is_told_is_what_is() {
         let loopback = nix::net::if_::if_nametoindex("lo").expect("an interface");
         let mut watch = CarrierWatch::open(loopback).expect("a netlink socket");
-        assert!(watch.next().is_some());
-        assert_eq!(watch.next(), None);
+        assert!(watch.read().is_some());
+        assert_eq!(watch.read(), None);
     }
 }

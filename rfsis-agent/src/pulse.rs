@@ -167,7 +167,7 @@ impl Pulse {
         loop {
             let stopping = handle.stop.load(Ordering::Acquire);
             let now = sys::monotonic();
-            while let Some(carrier) = self.carrier.next() {
+            while let Some(carrier) = self.carrier.read() {
                 self.metrics.carrier.set(carrier.into());
                 // Not before it was told, wherever this thread was stopped.
                 self.handle(Event::Carrier(carrier), sys::monotonic(), &mut runner);

@@ -19,30 +19,29 @@ mod handshake;
 #[cfg(test)]
 mod lab;
 mod late;
+mod sweep;
+mod takeover;
 #[cfg(test)]
 mod tests;
 #[cfg(any(test, feature = "simulation"))]
 mod view;
 
-use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
-use rfsis_common::frame::tcp_flags;
-use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
-use smoltcp::socket::tcp::State;
+use rfsis_common::maps::{Direction, FlowKey};
 
 use self::adoption::Moves;
 use self::handshake::{Habit, Opening, near};
 use self::late::Arrival;
 use crate::adopt::{Numbers, Unfinished};
-use crate::collections::{HashMap, HashSet};
+use crate::collections::HashMap;
 use crate::handler::HandlerKind;
 use crate::heartbeat::Nanos;
-use crate::lockstep::{before, later};
+use crate::lockstep::later;
 use crate::metrics::{FlowCondition, FrameResult, ResetReason};
 use crate::segment::{self, Segment};
-use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn, probe_packet, reset_packet};
+use crate::shadow::{Context, Handshake, Outgoing, Shadow, learn_isn};
 use crate::sync::Record;
 use crate::wire::Wire;
 
@@ -50,30 +49,6 @@ pub(crate) const SECOND: Nanos = 1_000_000_000;
 
 /// Handshakes under way at the most; at the bound the oldest is forgotten.
 pub const MAX_OPENINGS: usize = 16_384;
-
-/// A handshake that is not completed by then was given up by the client (RFC 6298, `tcp_syn_retries`).
-const OPENING_TIMEOUT: Nanos = 130 * SECOND;
-
-/// How long the last segments of a flow that was closed by both sides may be under way. Handed to the
-/// kernel, which knows nothing of the flow, each would be answered by a reset.
-const LINGER: Nanos = 2 * SECOND;
-
-/// A reset is sent at takeover and again after these times, ns: no client answers it, so nobody knows
-/// whether it was lost, and a client that only waits would wait for good.
-const RESET_AGAIN: [Nanos; 2] = [200_000_000, SECOND];
-
-/// Next hops of clients are refreshed so often.
-const WARM: Nanos = 20 * SECOND;
-
-/// How long a closed flow answers late segments (RFC 9293 section 3.10.8, Linux's 60 s).
-const TIME_WAIT: Nanos = 60 * SECOND;
-
-/// A live flow whose client acknowledges nothing for so long is gone (Linux `tcp_retries2`, 15 min).
-const SILENT_CLIENT: Nanos = 924 * SECOND;
-
-/// A live flow whose client does not complete the handshake is given up after this, ns, as by the kernel (five
-/// repetitions, `tcp_synack_retries` of tcp(7)).
-const HALF_OPEN: Nanos = 63 * SECOND;
 
 /// A flow is not looked at more often than this without a frame, ns.
 const MIN_TIMER: Nanos = 1_000_000;
@@ -575,232 +550,9 @@ impl Flows {
         }
     }
 
-    /// The active may have opened its gate without this node's hearing of it.
-    pub fn expose(&mut self) {
-        for entry in self.flows.values_mut() {
-            if let Flow::Shadow(shadow) = entry {
-                shadow.expose();
-            }
-        }
-    }
-
     /// Whether they speak for the VIP.
     pub fn is_live(&self) -> bool {
         self.live
-    }
-
-    /// The node has taken over: every shadow that can goes live, the others' clients are told.
-    /// Call after every frame that was mirrored before has been processed.
-    pub fn go_live(&mut self, now: Nanos, fx: &mut impl Effects) -> TakeoverReport {
-        let now = self.advance(now);
-        self.live = true;
-        self.drop_arrivals();
-        let mut report = TakeoverReport {
-            unanswered: self.adopt_openings(now, fx),
-            ..TakeoverReport::default()
-        };
-        let mut resets: HashMap<ResetReason, usize> = HashMap::default();
-        let mut doomed = Vec::new();
-        let mut speakers = Vec::new();
-        for (&flow, entry) in &mut self.flows {
-            match entry {
-                Flow::Unprotected { closed, .. } if closed.both() => {}
-                Flow::Unprotected {
-                    client_ack,
-                    client_next,
-                    sent,
-                    ..
-                } => {
-                    // Either number may be the exact one. If none is, the client answers the last packet,
-                    // and the kernel knows from the answer how to reset it.
-                    let vip = self.config.vip;
-                    let beyond =
-                        sent.filter(|sent| client_ack.is_none_or(|ack| before(ack, *sent)));
-                    let numbers = client_ack.iter().copied().chain(beyond);
-                    let resets = numbers.map(|seq| reset_packet(flow, vip, seq, None));
-                    let known = client_ack.or(*sent).zip(*client_next);
-                    let probe = known.map(|(seq, ack)| probe_packet(flow, vip, seq, ack));
-                    let packets = resets.chain(probe).collect();
-                    doomed.push((
-                        flow,
-                        ResetReason::Unprotected,
-                        packets,
-                        client_next.is_some(),
-                    ));
-                }
-                Flow::Shadow(shadow) if shadow.is_closed() => {}
-                Flow::Shadow(shadow) if is_exposed(&self.config, shadow) => {
-                    let packets = shadow.last_words();
-                    doomed.push((flow, ResetReason::Unprotected, packets, true));
-                }
-                Flow::Shadow(shadow) => match shadow.fate() {
-                    Err(reason) => doomed.push((flow, reason, shadow.last_words(), true)),
-                    Ok(()) => {
-                        report.live += 1;
-                        let before = shadow.bytes();
-                        self.moves.add(flow, now);
-                        if shadow.go_live(now) {
-                            let half_open = shadow.state() == State::SynReceived;
-                            speakers.push((half_open, Reverse(shadow.last_activity()), flow));
-                        }
-                        self.bytes -= before - shadow.bytes();
-                    }
-                },
-            }
-        }
-        // Most recently active first; but of half-open ones a SYN flood makes as many as it likes.
-        speakers.sort_unstable();
-        report.spoke = speakers.len();
-        for (.., flow) in speakers {
-            self.with_shadow(flow, now, fx, Shadow::resume);
-        }
-        let mut told = Vec::new();
-        for (flow, reason, packets, heard) in doomed {
-            *resets.entry(reason).or_default() += 1;
-            // The kernel answers whatever the client sends next: let that pass as well.
-            fx.approve(flow);
-            for packet in packets {
-                fx.send(&packet);
-                // Whoever was never heard may still be opening its connection, and then the kernel has it.
-                if heard {
-                    told.push(packet);
-                }
-            }
-            self.remove(flow, fx);
-        }
-        for pause in RESET_AGAIN {
-            let again = told.iter().map(|packet| (now + pause, packet.clone()));
-            self.resets.extend(again);
-        }
-        report.resets = resets.into_iter().collect();
-        report
-    }
-
-    /// The node is standby again: what lived here belongs to an epoch that is over.
-    pub fn go_standby(&mut self, fx: &mut impl Effects) {
-        self.live = false;
-        self.drop_arrivals();
-        self.timers.clear();
-        self.timer_of.clear();
-        self.opening_order.clear();
-        self.resets.clear();
-        self.moves.clear();
-        self.touched.clear();
-        self.tells.clear();
-        self.bytes = 0;
-        let openings = std::mem::take(&mut self.openings);
-        let flows = std::mem::take(&mut self.flows);
-        for flow in openings.into_keys().chain(flows.into_keys()) {
-            fx.release(flow);
-        }
-    }
-
-    /// The gate held back a FIN or RST of the kernel's. The agent is alive, so it is no crash that
-    /// speaks: unless the flow lives on a shadow here, let it go.
-    ///
-    /// Returns whether it was let go.
-    pub fn process_held(&mut self, held: &HeldEvent, fx: &mut impl Effects) -> bool {
-        let flow = held.flow;
-        if !self.live || self.flows.contains_key(&flow) {
-            return false;
-        }
-        fx.approve(flow);
-        let flags = held.flags as u8;
-        if flags & tcp_flags::RST != 0 {
-            // The kernel repeats a FIN, never an RST.
-            let ack = (flags & tcp_flags::ACK != 0).then_some(held.ack);
-            fx.send(&reset_packet(flow, self.config.vip, held.seq, ack));
-        }
-        true
-    }
-
-    /// When [`Flows::poll`] and [`Flows::adopt_some`] are due, ns.
-    pub fn next_wakeup(&self) -> Nanos {
-        let timer = self.timers.first().map_or(Nanos::MAX, |(at, _)| *at);
-        let reset = self.resets.front().map_or(Nanos::MAX, |(at, _)| *at);
-        let moves = self.moves.next_wakeup();
-        timer.min(reset).min(self.next_sweep).min(moves)
-    }
-
-    /// Time has passed: timers of live flows, and once a second what has ended is reaped.
-    pub fn poll(&mut self, now: Nanos, fx: &mut impl Effects) {
-        let now = self.advance(now);
-        // A timer that is due again at once waits for the next call, so this ends.
-        let mut due = Vec::new();
-        while let Some(&(at, flow)) = self.timers.first()
-            && at <= now
-        {
-            self.timers.remove(&(at, flow));
-            self.timer_of.remove(&flow);
-            due.push(flow);
-        }
-        for flow in due {
-            self.with_shadow(flow, now, fx, |_, _| {});
-        }
-        while let Some((_, packet)) = self.resets.pop_front_if(|(at, _)| *at <= now) {
-            fx.send(&packet);
-        }
-        if now >= self.next_sweep {
-            self.next_sweep = now + SECOND;
-            self.sweep(now, fx);
-            self.sweep_arrivals(now);
-        }
-    }
-
-    fn sweep(&mut self, now: Nanos, fx: &mut impl Effects) {
-        let idle = self.config.idle_timeout;
-        let live = self.live;
-        let mut ended = Vec::new();
-        for (&flow, entry) in &mut self.flows {
-            let quiet = match entry {
-                Flow::Unprotected {
-                    last_activity,
-                    closed,
-                    ..
-                } => {
-                    // Of a flow on a shadow of the active's only the active's half is copied.
-                    let patience = if closed.active { LINGER } else { idle };
-                    now.saturating_sub(*last_activity) > patience
-                }
-                Flow::Shadow(shadow) => {
-                    shadow.relax();
-                    let quiet = now.saturating_sub(shadow.last_activity());
-                    (shadow.is_closed() && quiet > LINGER)
-                        || quiet > idle
-                        || (shadow.state() == State::TimeWait && quiet > TIME_WAIT)
-                        || (live && shadow.bytes() > 0 && quiet > SILENT_CLIENT)
-                        || (live && shadow.state() == State::SynReceived && quiet > HALF_OPEN)
-                }
-            };
-            if quiet {
-                ended.push(flow);
-            }
-        }
-        for flow in ended {
-            if live && let Some(Flow::Shadow(shadow)) = self.flows.get(&flow) {
-                // The standby may know of it by what it has said.
-                let client_isn = shadow.handshake().client_isn;
-                self.tells.push(Record::Close { flow, client_isn });
-            }
-            self.remove(flow, fx);
-        }
-        if !live && now >= self.next_warm {
-            self.next_warm = now + WARM;
-            let clients: HashSet<u32> = self.flows.keys().map(|flow| flow.client_addr).collect();
-            for client in clients {
-                fx.warm(Ipv4Addr::from(client));
-            }
-        }
-        while let Some(&(flow, isn)) = self.opening_order.front() {
-            match self.openings.get(&flow) {
-                Some(o) if o.client_isn == isn && now.saturating_sub(o.since) < OPENING_TIMEOUT => {
-                    break;
-                }
-                Some(o) if o.client_isn == isn => self.forget_opening(flow, fx),
-                _ => {}
-            }
-            self.opening_order.pop_front();
-        }
     }
 
     /// Counts the flows. Costs time in proportion to their number.

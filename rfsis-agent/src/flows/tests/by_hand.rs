@@ -1,6 +1,10 @@
 //! Single segments and what they may and may not do.
 
+use rfsis_common::maps::HeldEvent;
+
 use super::*;
+use crate::flows::sweep::{LINGER, OPENING_TIMEOUT, TIME_WAIT};
+use crate::lockstep::before;
 
 /// A standby and segments by hand. Numbers count from each side's initial sequence number.
 struct Hand {

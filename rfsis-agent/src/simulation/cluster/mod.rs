@@ -1,4 +1,4 @@
-//! Two machines, a client and a LAN, and what goes wrong there.
+//! Two machines and a client on a LAN, one event after the other, and what is held of them.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -6,6 +6,17 @@ use std::collections::BinaryHeap;
 use super::*;
 use crate::heartbeat::Heartbeat;
 use crate::metrics::FlowCondition;
+
+macro_rules! say {
+    ($cluster:expr, $($words:tt)+) => {
+        if $cluster.trace {
+            println!("{:>12.3} ms  {}", $cluster.now as f64 / MS as f64, format!($($words)+));
+        }
+    };
+}
+
+mod lan;
+mod trouble;
 
 /// A run is over so long after the trouble, ns: a client that has backed off repeats itself within a minute.
 const PATIENCE: Nanos = 150 * SECOND;
@@ -106,14 +117,6 @@ pub(crate) struct Cluster {
     answered: HashSet<FlowKey>,
     edges: BTreeMap<FlowKey, u32>,
     promises: Promises,
-}
-
-macro_rules! say {
-    ($cluster:expr, $($words:tt)+) => {
-        if $cluster.trace {
-            println!("{:>12.3} ms  {}", $cluster.now as f64 / MS as f64, format!($($words)+));
-        }
-    };
 }
 
 impl Cluster {
@@ -326,97 +329,6 @@ impl Cluster {
         self.client_next = self.now;
     }
 
-    /// A segment of the client's enters the LAN.
-    fn post(&mut self, packet: Vec<u8>) {
-        let (flow, segment) = parse(&packet, Direction::ToVip).expect("a sound packet");
-        if segment.syn {
-            for machine in &mut self.machines {
-                let tracks = &mut machine.world.tracks;
-                if tracks
-                    .get(&flow)
-                    .is_none_or(|t| t.client_isn != segment.seq)
-                {
-                    tracks.insert(flow, Track::of_syn(&segment));
-                }
-            }
-        }
-        let Some(owner) = self.owner else {
-            return;
-        };
-        let lan = self.scenario.lan;
-        let mut copies = vec![];
-        if lan.overlaps > 0 && segment.payload.len() > 1 && self.rng.happens(lan.overlaps) {
-            let skip = 1 + self.rng.below(segment.payload.len() as u64 - 1) as usize;
-            copies.push(rewrite(&packet, |repr| {
-                repr.seq_number += skip;
-                repr.payload = &repr.payload[skip..];
-            }));
-        }
-        if self.rng.happens(lan.duplicates) {
-            copies.push(packet.clone());
-        }
-        copies.push(packet);
-        for packet in copies {
-            let delay = self.delay();
-            if !self.is_lost(Lost::Packets, lan.loss) {
-                self.at(
-                    delay,
-                    Event::Arrives {
-                        at: owner,
-                        packet: packet.clone(),
-                        direction: Direction::ToVip,
-                        for_us: true,
-                        from_peer: false,
-                    },
-                );
-            }
-            if !self.scenario.terms.setup.mirror && !self.is_lost(Lost::Copies, lan.copy_loss) {
-                let delay = delay + self.rng.below(lan.copy_jitter + 1);
-                self.at(
-                    delay,
-                    Event::Arrives {
-                        at: 1 - owner,
-                        packet,
-                        direction: Direction::ToVip,
-                        for_us: false,
-                        from_peer: false,
-                    },
-                );
-            }
-        }
-    }
-
-    fn delay(&mut self) -> Nanos {
-        self.now + 50_000 + self.rng.below(self.scenario.lan.jitter + 1)
-    }
-
-    /// Whether something is lost that gets lost at this rate when all is well.
-    fn is_lost(&mut self, what: Lost, usual: u64) -> bool {
-        let now = self.now;
-        let rates = self.spells.iter().filter_map(|spell| match spell.trouble {
-            Trouble::Lose {
-                what: lost, rate, ..
-            } if lost == what && now < spell.until => Some(rate),
-            _ => None,
-        });
-        let rate = rates.max().unwrap_or(0).max(usual);
-        self.rng.happens(rate)
-    }
-
-    fn is_unplugged(&self, place: Place) -> bool {
-        matches!(place, Place::Machine(machine) if self.now < self.unplugged[machine])
-    }
-
-    fn is_cut(&self, from: Place, to: Place) -> bool {
-        if self.is_unplugged(from) || self.is_unplugged(to) {
-            return true;
-        }
-        self.spells.iter().any(|spell| {
-            matches!(spell.trouble, Trouble::Cut { from: f, to: t, .. } if (f, t) == (from, to))
-                && self.now < spell.until
-        })
-    }
-
     // ---- machines ------------------------------------------------------------------------------
 
     fn run_machine(&mut self, index: usize) {
@@ -522,97 +434,6 @@ impl Cluster {
         self.promises.note_end(index, words);
     }
 
-    /// Something leaves a machine.
-    fn leave(&mut self, from: usize, out: Out) {
-        if self.is_unplugged(Place::Machine(from)) {
-            return;
-        }
-        let to = 1 - from;
-        let lan = self.scenario.lan;
-        match out {
-            Out::Packet(packet) => self.leave_for_client(from, packet),
-            Out::Copy(packet, direction) => {
-                if self.is_lost(Lost::Copies, lan.copy_loss) {
-                    return;
-                }
-                let at = self.now + self.rng.below(lan.copy_jitter + 1);
-                let event = Event::Arrives {
-                    at: to,
-                    packet,
-                    direction,
-                    for_us: true,
-                    from_peer: true,
-                };
-                self.at(at, event);
-            }
-            Out::Heartbeat(heartbeat) => {
-                self.record(from, Recorded::Heartbeat(heartbeat));
-                if !self.is_lost(Lost::Heartbeats, 0) {
-                    self.at(self.now, Event::Heartbeat(to, heartbeat));
-                }
-            }
-            Out::Datagram(datagram) => {
-                self.record(from, Recorded::Datagram(datagram.clone()));
-                if !self.is_lost(Lost::Datagrams, lan.datagram_loss) {
-                    let at = self.now + 20_000 + self.rng.below(lan.jitter + 1);
-                    self.at(at, Event::Datagram(to, datagram));
-                }
-            }
-            Out::Announce => {
-                say!(self, "{}: announces the VIP", name(from));
-                self.at(self.now + 30_000, Event::Announce(from));
-            }
-        }
-    }
-
-    fn record(&mut self, from: usize, message: Recorded) {
-        let replays = |(_, trouble): &(Nanos, Trouble)| matches!(trouble, Trouble::Replay { .. });
-        if self.scenario.troubles.iter().any(replays) {
-            let recorded = &mut self.recorded[from];
-            if recorded.len() == RECORDED {
-                recorded.pop_front();
-            }
-            recorded.push_back(message);
-        }
-    }
-
-    fn leave_for_client(&mut self, from: usize, packet: Vec<u8>) {
-        self.check_told(from, &packet);
-        let lan = self.scenario.lan;
-        let Ok((flow, segment)) = parse(&packet, Direction::FromVip) else {
-            return;
-        };
-        let rst = segment.rst;
-        if let Some(ack) = segment.ack.filter(|_| !rst) {
-            let told = self.told.entry(flow).or_insert(ack);
-            *told = later(*told, ack);
-        }
-        if segment.syn {
-            self.answered.insert(flow);
-        }
-        if !self.scenario.terms.setup.mirror && !self.is_lost(Lost::Copies, lan.copy_loss) {
-            let at = self.now + self.rng.below(lan.copy_jitter + 1);
-            let event = Event::Arrives {
-                at: 1 - from,
-                packet: packet.clone(),
-                direction: Direction::FromVip,
-                for_us: false,
-                from_peer: true,
-            };
-            self.at(at, event);
-        }
-        // An RST is sent once: a client that waits to be spoken to would not hear of a lost one.
-        if !rst && self.is_lost(Lost::Packets, lan.loss) {
-            return;
-        }
-        let copies = 1 + u64::from(self.rng.happens(lan.duplicates));
-        for _ in 0..copies {
-            let at = self.delay();
-            let packet = packet.clone();
-            self.at(at, Event::ToClient { from, packet });
-        }
-    }
-
     /// The promise of the ACK gate.
     fn check_told(&mut self, from: usize, packet: &[u8]) {
         if !self.scenario.terms.setup.sync {
@@ -715,164 +536,6 @@ impl Cluster {
                     self.owner = Some(from);
                 }
             }
-        }
-    }
-
-    fn arrive(
-        &mut self,
-        at: usize,
-        packet: &[u8],
-        direction: Direction,
-        for_us: bool,
-        from_peer: bool,
-    ) {
-        let from = if from_peer {
-            Place::Machine(1 - at)
-        } else {
-            Place::Client
-        };
-        if self.is_cut(from, Place::Machine(at)) || self.now < self.off[at] {
-            return;
-        }
-        let Ok((flow, segment)) = parse(packet, direction) else {
-            return;
-        };
-        say!(
-            self,
-            "{} gets {}{} {}",
-            name(at),
-            if from_peer { "a copy: " } else { "" },
-            flow.client_port,
-            Brief(&segment)
-        );
-        if direction == Direction::ToVip && !from_peer {
-            for machine in &mut self.machines {
-                if let Some(track) = machine.world.tracks.get_mut(&flow) {
-                    track.client_says(&segment);
-                }
-            }
-        }
-        let machine = &mut self.machines[at];
-        let whose = (for_us && !from_peer, from_peer);
-        machine
-            .kernel
-            .receive(&mut machine.world, packet, direction, whose, self.now);
-        machine.wake(self.now);
-    }
-
-    fn reach_client(&mut self, from: usize, packet: &[u8]) {
-        if self.is_cut(Place::Machine(from), Place::Client) {
-            return;
-        }
-        let Ok((flow, segment)) = parse(packet, Direction::FromVip) else {
-            return;
-        };
-        say!(
-            self,
-            "client gets of {}: {} {}",
-            name(from),
-            flow.client_port,
-            Brief(&segment)
-        );
-        for machine in &mut self.machines {
-            if let Some(track) = machine.world.tracks.get_mut(&flow) {
-                track.hear(&segment);
-            }
-        }
-        self.client.receive(packet);
-        self.client_next = self.now;
-    }
-
-    fn begin(&mut self, index: usize) {
-        let (_, trouble) = self.scenario.troubles[index];
-        say!(self, "TROUBLE {index}: {trouble}");
-        let machine = |who| match who {
-            Who::Active => self.active,
-            Who::Standby => 1 - self.active,
-        };
-        let until = self.now + trouble.time();
-        if trouble.splits() {
-            let Terms { interval, .. } = self.scenario.terms;
-            let settles = 4 * interval + self.scenario.terms.takeover_time() * 2;
-            self.split_until = self.split_until.max(until + settles);
-        }
-        match trouble {
-            Trouble::Kill { who, .. } => {
-                let victim = machine(who);
-                self.kill(victim);
-                self.at(until, Event::Start(victim));
-            }
-            Trouble::Reboot { who, .. } => {
-                let victim = machine(who);
-                self.kill(victim);
-                let fallen = &mut self.machines[victim];
-                let tweaks = std::mem::take(&mut fallen.kernel.tweaks);
-                fallen.kernel = Kernel::new(self.scenario.terms.setup, self.rng.next(), tweaks);
-                self.off[victim] = self.off[victim].max(until);
-                self.at(until, Event::Start(victim));
-            }
-            Trouble::Pause { who, steps, .. } => {
-                if let Some(agent) = &mut self.machines[machine(who)].agent {
-                    agent.stall = Some((steps, until));
-                }
-            }
-            Trouble::Stall { who, .. } => {
-                if let Some(agent) = &mut self.machines[machine(who)].agent {
-                    agent.engine_stalled = until;
-                }
-            }
-            Trouble::Unplug { who, .. } => {
-                let victim = machine(who);
-                self.unplugged[victim] = self.unplugged[victim].max(until);
-                self.show_carrier(victim, false);
-                self.at(until, Event::Plugged(victim));
-            }
-            Trouble::Cut { .. } | Trouble::Lose { .. } => {
-                self.spells.push(Spell { trouble, until });
-            }
-            Trouble::Switchover => {
-                if let Some(agent) = &mut self.machines[self.active].agent {
-                    agent.pulse.hand_over = true;
-                }
-            }
-            Trouble::Replay { count } => self.replay(count),
-        }
-    }
-
-    fn show_carrier(&mut self, machine: usize, carrier: bool) {
-        if let Some(agent) = &mut self.machines[machine].agent {
-            agent.pulse.carrier.push_back(carrier);
-        }
-    }
-
-    fn kill(&mut self, victim: usize) {
-        let fallen = &self.machines[victim];
-        let Some(agent) = &fallen.agent else {
-            return;
-        };
-        // A standby's words are those of its own last epoch, of which somebody may still be about to hear.
-        if !agent.is_standby() {
-            let (words, dropped) = (fallen.words(), fallen.connections());
-            self.note_end(victim, words, &dropped);
-        }
-        self.machines[victim].kill(self.now);
-        // The epoch is in no file: it lives on in who has heard of it.
-        self.heard[victim] = 0;
-    }
-
-    fn replay(&mut self, count: u64) {
-        for _ in 0..count {
-            let from = self.rng.below(2) as usize;
-            let at = self.rng.below(self.recorded[from].len() as u64) as usize;
-            let Some(message) = self.recorded[from].get(at).cloned() else {
-                continue;
-            };
-            self.promises.tally.replayed += 1;
-            let event = match message {
-                Recorded::Heartbeat(heartbeat) => Event::Heartbeat(1 - from, heartbeat),
-                Recorded::Datagram(datagram) => Event::Datagram(1 - from, datagram),
-            };
-            self.at(self.now + self.rng.clone().below(5 * MS), event);
         }
     }
 }
