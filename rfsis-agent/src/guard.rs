@@ -113,6 +113,11 @@ pub enum Fact {
         /// Flows that were guarded and are exposed now.
         exposed: usize,
     },
+    /// The standby is heard, and confirms nothing of these: they are handed over anew.
+    Stuck {
+        /// How many.
+        flows: usize,
+    },
     /// The standby's agent is another: what the old one held is lost.
     StandbyForgot {
         /// Flows that the new one does not know yet.
@@ -178,6 +183,8 @@ struct Flow {
     closed_in_vain: u8,
     /// When the standby was heard of it, or asked for it.
     known_at: Nanos,
+    /// What was confirmed when it was found to wait for more, and when that was.
+    stalled: Option<(u32, Nanos)>,
 }
 
 impl Flow {
@@ -196,6 +203,7 @@ impl Flow {
             recheck: None,
             closed_in_vain: 0,
             known_at: now,
+            stalled: None,
         }
     }
 

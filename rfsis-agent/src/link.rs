@@ -361,6 +361,13 @@ impl Link {
                     "protection: degraded, the standby is silent and clients do not wait for it"
                 );
             }
+            Fact::Stuck { flows } => {
+                self.metrics.guard_stuck.inc_by(flows as u64);
+                tracing::warn!(
+                    flows,
+                    "the standby is heard, and confirmed nothing of flows whose clients wait: do the copies reach it?"
+                );
+            }
             Fact::StandbyForgot { flows } => {
                 tracing::warn!(
                     flows,

@@ -119,6 +119,28 @@ fn who_waits_for_what_an_active_said_while_the_standby_had_no_cable_is_told() {
     is_reset_within(&incomplete, WHEN_ASKED);
 }
 
+/// A switch that drops frames with a foreign source address: heartbeats and confirmations come through.
+#[test]
+fn a_client_of_whom_no_copy_comes_does_not_wait_for_good_and_is_protected_once_they_come() {
+    let lab = Wiring::Mirror.lab();
+    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
+    let client = connect(&lab, port::ECHO).unwrap();
+    echoes(&client, 1);
+    lose(&lab, &[Traffic::Copies]);
+    echoes(&client, 2);
+    pair.primary
+        .wait_metric("rfsis_guard_stuck_total", &[], 1.0);
+    lab.heal();
+    echoes(&client, 3);
+    let guarded = [("condition", "guarded")];
+    pair.primary
+        .wait_metric("rfsis_guarded_flows", &guarded, 1.0);
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    echoes(&client, 4);
+}
+
 #[test]
 fn a_standby_that_hears_again_has_all_flows_as_before() {
     let lab = Wiring::Mirror.lab();

@@ -1,9 +1,11 @@
 //! What time brings: a silent standby, what is said again, and what is forgotten.
 
-use rfsis_common::ack_gate::sent_flags;
+use rfsis_common::ack_gate::{Sent, sent_flags};
 use rfsis_common::maps::FlowKey;
 
-use super::{Guard, GuardEffects, MS, Phase, SECOND, SWEEP_AT_ONCE, SWEEP_PAUSE, SWEPT_PAUSE};
+use super::{
+    Fact, Flow, Guard, GuardEffects, MS, Phase, SECOND, SWEEP_AT_ONCE, SWEEP_PAUSE, SWEPT_PAUSE,
+};
 use crate::heartbeat::Nanos;
 use crate::lockstep::before;
 use crate::sync::{Record, Sack};
@@ -21,6 +23,35 @@ const TELL_AT_ONCE: usize = 16;
 /// A flow on which nothing was sent for so long is asked for, and again each time as much has passed: its
 /// handshake may never have been completed, and the standby's word of that may be lost, ns.
 const QUIET: Nanos = 200 * SECOND;
+
+/// A flow of which something is held, and the standby confirms nothing new for so long, is asked for: perhaps the
+/// standby has forgotten it.
+const STALLED: Nanos = SECOND;
+
+/// After this it is handed over anew: its copies do not come, though the standby is heard. A client that repeats itself
+/// for so long has lost six segments one after the other (RFC 6298).
+const STUCK: Nanos = 10 * SECOND;
+
+impl Flow {
+    /// How long the client has waited for a word that the standby does not give, ns; 0 if it does not.
+    fn stalled_for(&mut self, sent: &Sent, now: Nanos, fx: &mut impl GuardEffects) -> Nanos {
+        if before(self.confirmation.ack(), sent.ack) {
+            self.catch_up(fx);
+        }
+        let confirmed = self.confirmation.ack();
+        if !matches!(self.phase, Phase::Guarded) || !before(confirmed, sent.ack) {
+            self.stalled = None;
+            return 0;
+        }
+        match self.stalled {
+            Some((at, since)) if at == confirmed => now.saturating_sub(since),
+            _ => {
+                self.stalled = Some((confirmed, now));
+                0
+            }
+        }
+    }
+}
 
 impl Guard {
     /// When [`Guard::poll`] is due, ns.
@@ -139,7 +170,7 @@ impl Guard {
             self.to_sweep.extend(self.flows.keys());
         }
         let rest = self.to_sweep.len().saturating_sub(SWEEP_AT_ONCE);
-        let mut ended = Vec::new();
+        let (mut ended, mut stuck) = (Vec::new(), Vec::new());
         for key in self.to_sweep.split_off(rest) {
             let Some(flow) = self.flows.get_mut(&key) else {
                 continue;
@@ -150,6 +181,7 @@ impl Guard {
             let Some(sent) = fx.sent(flow.slot) else {
                 continue;
             };
+            let stalled = flow.stalled_for(&sent, now, fx);
             let quiet = now.saturating_sub(sent.at_ns);
             // Of one that is not guarded there is nothing that the standby could still confirm.
             let guarded = matches!(flow.phase, Phase::Guarded);
@@ -159,10 +191,13 @@ impl Guard {
                 || quiet > self.config.idle_timeout
             {
                 ended.push((key, flow.client_isn));
-            } else if quiet > QUIET
-                && now.saturating_sub(flow.known_at) > QUIET
-                && self.guarding
-                && !self.joins.concerns(&key)
+            } else if !self.guarding || self.joins.concerns(&key) {
+                continue;
+            } else if stalled > STUCK {
+                flow.stalled = None;
+                stuck.push(key);
+            } else if let unheard = now.saturating_sub(flow.known_at)
+                && ((quiet > QUIET && unheard > QUIET) || (stalled > STALLED && unheard > STALLED))
             {
                 flow.known_at = now;
                 self.records.push(Record::Told {
@@ -176,6 +211,109 @@ impl Guard {
             self.records.push(Record::Close { flow, client_isn });
             self.forget(flow, fx);
         }
+        if !stuck.is_empty() {
+            let flows = stuck.len();
+            self.facts.push(Fact::Stuck { flows });
+        }
+        for flow in stuck {
+            self.hand_over(flow, now, fx);
+        }
         !self.to_sweep.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guard::late::tests::{Maps, guard, numbers, records};
+    use crate::sync::Confirm;
+
+    /// A flow that is guarded, and a segment behind what the standby has confirmed.
+    fn waiting() -> (Guard, Maps, FlowKey) {
+        let (mut guard, mut maps) = (guard(4), Maps::default());
+        let flow = numbers().flow;
+        guard.adopt(&numbers(), MS, &mut maps);
+        guard.heard(2 * MS, &mut maps);
+        confirm(&mut guard, &mut maps, 3);
+        assert!(guard.guards(flow));
+        let slot = maps.guarded[&flow].slot;
+        maps.sent.get_mut(&slot).unwrap().ack = 310;
+        maps.talks = true;
+        (guard, maps, flow)
+    }
+
+    fn confirm(guard: &mut Guard, maps: &mut Maps, ms: Nanos) {
+        let confirm = Confirm {
+            flow: numbers().flow,
+            client_isn: 299,
+            ack: 300,
+            edge: 5_300,
+            sack: Sack::default(),
+        };
+        guard.process_record(&Record::Confirm(confirm), ms * MS, maps);
+    }
+
+    /// Polls for so long (flows are looked at from the first second on), with a standby that is heard; gives what it is told.
+    fn poll(guard: &mut Guard, maps: &mut Maps, ms: std::ops::Range<Nanos>) -> Vec<Record> {
+        ms.step_by(20)
+            .flat_map(|ms| {
+                guard.heard(ms * MS, maps);
+                guard.poll(ms * MS, maps);
+                records(guard)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_standby_that_confirms_nothing_new_is_asked_and_in_the_end_gets_the_flow_anew() {
+        let (mut guard, mut maps, flow) = waiting();
+        assert_eq!(poll(&mut guard, &mut maps, 20..2_000), []);
+        let asked = poll(&mut guard, &mut maps, 2_000..10_900);
+        let told = |r: &&Record| matches!(r, Record::Told { flow: f, ack: 300, .. } if *f == flow);
+        assert_eq!(asked.iter().filter(told).count(), asked.len());
+        assert!((7..10).contains(&asked.len()), "each second: {asked:?}");
+        assert!(guard.guards(flow) && guard.take_facts().iter().all(|f| *f == Fact::Guarding));
+        let offered = poll(&mut guard, &mut maps, 10_900..11_400);
+        assert!(
+            offered
+                .iter()
+                .any(|r| matches!(r, Record::Offer(o) if o.flow == flow))
+        );
+        assert!(!guard.guards(flow));
+        assert_eq!(guard.take_facts(), [Fact::Stuck { flows: 1 }]);
+    }
+
+    #[test]
+    fn a_standby_that_has_forgotten_a_flow_gets_it_anew_when_it_is_asked() {
+        let (mut guard, mut maps, flow) = waiting();
+        let asked = poll(&mut guard, &mut maps, 20..2_200);
+        let [Record::Told { client_isn, .. }] = asked[..] else {
+            panic!("{asked:?}");
+        };
+        let refuse = Record::Refuse { flow, client_isn };
+        guard.process_record(&refuse, 2_201 * MS, &mut maps);
+        assert!(!guard.guards(flow));
+        let offered = poll(&mut guard, &mut maps, 2_220..2_300);
+        assert!(offered.iter().any(|r| matches!(r, Record::Offer(_))));
+    }
+
+    #[test]
+    fn whoever_gets_on_however_slowly_is_not_handed_over() {
+        let (mut guard, mut maps, flow) = waiting();
+        let slot = maps.guarded[&flow].slot;
+        for ms in (0..60_000).step_by(5_000) {
+            poll(&mut guard, &mut maps, ms + 20..ms + 5_000);
+            let sent = maps.sent.get_mut(&slot).unwrap();
+            let confirm = Confirm {
+                flow,
+                client_isn: 299,
+                ack: sent.ack - 5,
+                edge: 5_300,
+                sack: Sack::default(),
+            };
+            sent.ack += 10;
+            guard.process_record(&Record::Confirm(confirm), (ms + 5_000) * MS, &mut maps);
+        }
+        assert!(guard.guards(flow));
     }
 }

@@ -149,6 +149,8 @@ pub struct Metrics {
     pub guarded_flows: Gauges<GuardCondition>,
     /// `rfsis_guard_refused_total`.
     pub guard_refused: IntCounter,
+    /// `rfsis_guard_stuck_total`.
+    pub guard_stuck: IntCounter,
     /// `rfsis_late_joins_total{result}`.
     pub late_joins: Counters<JoinResult>,
     /// `rfsis_late_join_duration_seconds`.
@@ -277,6 +279,10 @@ impl Metrics {
             guard_refused: family.counter(
                 "rfsis_guard_refused_total",
                 "New flows let go unprotected because the standby did not take them.",
+            )?,
+            guard_stuck: family.counter(
+                "rfsis_guard_stuck_total",
+                "Flows that were handed over anew because the standby, though heard, confirmed nothing of them.",
             )?,
             late_joins: family.labelled_counters(
                 "rfsis_late_joins_total",

@@ -50,6 +50,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_flows", "gauge"),
         ("rfsis_flows_refused_total", "counter"),
         ("rfsis_guard_refused_total", "counter"),
+        ("rfsis_guard_stuck_total", "counter"),
         ("rfsis_guarded_flows", "gauge"),
         ("rfsis_protection", "gauge"),
         ("rfsis_flow_resets_total", "counter"),

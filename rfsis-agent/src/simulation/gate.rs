@@ -385,7 +385,7 @@ pub(crate) fn snapshot(track: &Track, host: &mut Host, server: &Server) -> Optio
     let ack = next.wrapping_add(input.len() as u32 + u32::from(fin));
     let una = track.una?;
     let acknowledged = distance(track.active_isn.wrapping_add(1), una) as usize;
-    let stamp = |ticks: fn() -> u32| track.timestamps.then(|| (ticks(), 0));
+    let stamp = |ticks: u32| track.timestamps.then_some((ticks, 0));
     Some(Snapshot {
         next,
         ack,
@@ -397,13 +397,13 @@ pub(crate) fn snapshot(track: &Track, host: &mut Host, server: &Server) -> Optio
             mss: Some(track.mss as u16),
             window_scale: track.client_shift.filter(|_| track.scaled),
             sack_permitted: track.sack,
-            timestamp: stamp(client_ticks),
+            timestamp: stamp(client_ticks()),
         },
         active: Options {
             mss: Some(1460),
             window_scale: track.scaled.then_some(track.shift),
             sack_permitted: track.sack,
-            timestamp: stamp(active_ticks),
+            timestamp: stamp(active_ticks().wrapping_add(track.ticks_ahead)),
         },
         fin,
         handler: server.handler.snapshot(),

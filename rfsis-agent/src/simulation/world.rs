@@ -12,6 +12,8 @@ pub(crate) struct Track {
     pub(crate) scaled: bool,
     pub(crate) shift: u8,
     pub(crate) client_sack: bool,
+    /// How far the clock of an adopted connection is ahead of the kernel's own.
+    pub(crate) ticks_ahead: u32,
     pub(crate) client_timestamps: bool,
     pub(crate) client_scaled: bool,
     pub(crate) answered: bool,
@@ -98,6 +100,9 @@ impl Track {
             kernel_edge: numbers.rcv_nxt.wrapping_add(numbers.rcv_wnd),
             una: Some(numbers.snd_nxt),
             client_edge: numbers.snd_nxt.wrapping_add(numbers.snd_wnd),
+            ticks_ahead: numbers
+                .timestamp
+                .map_or(0, |(tsval, _)| tsval.wrapping_sub(active_ticks())),
             ..Self::default()
         }
     }
