@@ -135,17 +135,20 @@ fn judge_guarded(
     // For what is held now, and told later.
     prompt::note_hop(ctx, guarded.slot);
     let mut decision = ack_decide(&segment, &mut after, confirmed, guarded.shift);
-    if matches!(decision.verdict, AckVerdict::Held) {
+    let mut stored = false;
+    if !matches!(decision.verdict, AckVerdict::Passed) {
         store(slot, &before, &after);
-        // Who confirms looks at what is held when it has told: one of the two sees the other, with a full barrier
-        // between.
+        // Who confirms looks at what the client was not told when it has noted that: one of the two sees the other,
+        // with a full barrier between.
         // SAFETY: the pointer is to an element of the array `SENT`; nothing is added.
         unsafe { atomic::fetch_add(&raw mut (*slot).at_ns, 0) };
         match confirmation(guarded.slot) {
             Some(now) if now != confirmed => {
                 decision = ack_decide(&segment, &mut after, now, guarded.shift);
             }
-            _ => return AckGateVerdict::Held,
+            _ if matches!(decision.verdict, AckVerdict::Held) => return AckGateVerdict::Held,
+            // A second time would look like another segment, which says what is confirmed meanwhile.
+            _ => stored = true,
         }
     }
     let verdict = match decision.verdict {
@@ -153,12 +156,15 @@ fn judge_guarded(
         _ if !rewrite(ctx, tcp, &options, &decision) => {
             after.told = before.told;
             after.told_edge = before.told_edge;
+            store_told(slot, &after);
             AckGateVerdict::Held
         }
         AckVerdict::Lowered => AckGateVerdict::Lowered,
         AckVerdict::Passed => AckGateVerdict::Passed,
     };
-    store(slot, &before, &after);
+    if !stored {
+        store(slot, &before, &after);
+    }
     verdict
 }
 
