@@ -7,7 +7,7 @@
 //!
 //! Only a cut that the own interface shows is known here. Between two switches it makes two actives.
 
-use super::{Action, Fact, Nanos, Node, Phase};
+use super::{Absence, Action, Fact, Nanos, Node, Phase};
 use crate::fault::faulty;
 
 impl Node {
@@ -44,14 +44,14 @@ impl Node {
             // The standby hears only now that this node is fenced, and promises what it would have promised then.
             Phase::Fenced {
                 lapsed,
-                absent: true,
+                absence: Absence::Away,
                 ..
             } => {
                 self.phase = Phase::Fenced {
                     since: now,
                     first_sequence: self.session.own_sequence() + 1,
                     lapsed,
-                    absent: false,
+                    absence: Absence::Over,
                 };
             }
             Phase::Claiming { .. }

@@ -157,7 +157,7 @@ impl TakeoverReason {
 pub enum YieldReason {
     /// Both were active, and the peer's epoch is higher, or its address at the same epoch.
     Outranked,
-    /// The peer took over while this node was fenced.
+    /// The peer took over while this node was fenced, or may have.
     PeerActive,
     /// Both are fenced, and the peer outranks this node.
     BothFenced,

@@ -4,7 +4,7 @@ use rfsis_common::maps::State;
 
 use super::events::{Action, Fact, HeartbeatResult, TakeoverReason, YieldReason};
 use super::view::PeerView;
-use super::{COMPLAINT_INTERVAL, Nanos, Node, Phase, rank, speaks};
+use super::{Absence, COMPLAINT_INTERVAL, Nanos, Node, Phase, rank, speaks};
 use crate::fault::faulty;
 use crate::heartbeat::Heartbeat;
 use crate::heartbeat::session::{Freshness, Refusal};
@@ -94,10 +94,11 @@ impl Node {
             Phase::Fenced { .. } if speaks => {
                 self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
             }
-            // It has been active meanwhile, or an agent before it may have been.
-            Phase::Fenced { .. }
-                if heartbeat.epoch > self.epoch || freshness == Freshness::NewSession =>
-            {
+            // It has been active meanwhile, or the agent before it may have been.
+            Phase::Fenced {
+                absence: Absence::Over,
+                ..
+            } if heartbeat.epoch > self.epoch || freshness == Freshness::NewSession => {
                 self.yield_to_peer(YieldReason::PeerActive, deadline, now, actions);
             }
             Phase::Fenced { .. } if heartbeat.state == State::Fenced && outranks_us => {
@@ -107,7 +108,7 @@ impl Node {
                 since,
                 first_sequence,
                 lapsed,
-                absent: false,
+                absence: Absence::None | Absence::Over,
             } if heartbeat.state == State::Standby
                 && self.session.echoes_since(heartbeat.echo, first_sequence) =>
             {

@@ -81,19 +81,29 @@ enum Phase {
     /// The gate is open; shadows and announcements are under way.
     TakingOver,
     Active,
-    /// `since`, with the sequence of our first heartbeat that says so; `lapsed` is the old lease. `absent`: there
-    /// was no carrier then, and there is none since, so nobody has heard of it.
+    /// `since`, with the sequence of our first heartbeat that says so; `lapsed` is the old lease.
     Fenced {
         since: Nanos,
         first_sequence: u64,
         lapsed: Nanos,
-        absent: bool,
+        absence: Absence,
     },
     /// The gate is closed; the standby was offered the VIP.
     HandingOver {
         since: Nanos,
     },
     Stopped,
+}
+
+/// Whether a node was fenced for want of carrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Absence {
+    /// It was there, and what its peer did meanwhile lies in its ring.
+    None,
+    /// There was no carrier, and there is none since: nobody has heard that the node is fenced.
+    Away,
+    /// The carrier is there again. What the peer did meanwhile nobody knows.
+    Over,
 }
 
 impl Phase {
@@ -454,7 +464,11 @@ impl Node {
             since: now,
             first_sequence: self.session.own_sequence() + 1,
             lapsed,
-            absent: !self.carrier,
+            absence: if self.carrier {
+                Absence::None
+            } else {
+                Absence::Away
+            },
         };
         self.double_active = false;
         self.set_kernel_state(State::Fenced, 0, actions);

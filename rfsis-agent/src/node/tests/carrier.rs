@@ -95,3 +95,16 @@ fn an_active_that_was_cut_off_and_finds_nobody_claims_the_vip_again() {
     assert!(opened(&bench.run(1_070 * MS)).is_some());
     assert_eq!(bench.node.epoch(), 4);
 }
+
+#[test]
+fn an_active_that_slept_goes_on_though_the_agent_of_its_standby_was_started_anew_meanwhile() {
+    let mut bench = Bench::active();
+    bench.hear(State::Standby, 3);
+    bench.now = 90 * MS;
+    bench.hear(State::Standby, 3);
+    assert_eq!(bench.node.state(), State::Fenced);
+    bench.heartbeat.session += 1;
+    bench.now += MS;
+    bench.hear(State::Standby, 0);
+    assert_eq!((bench.node.state(), bench.node.epoch()), (State::Active, 3));
+}
