@@ -262,12 +262,15 @@ impl Lab {
     /// # Panics
     /// When the port is gone.
     pub fn lost_towards(&self, host: Host) -> u64 {
-        let file = format!("/sys/class/net/{}/statistics/tx_dropped", host.port());
-        let count = self.bridge.sh(&format!("cat {file}"));
-        match count.map(|count| count.trim().parse()) {
-            Ok(Ok(count)) => count,
-            other => panic!("{file}: {other:?}"),
-        }
+        tx_dropped(self.bridge(), host.port())
+    }
+
+    /// Frames of the host that the cable lost because its queue was full.
+    ///
+    /// # Panics
+    /// When the host is gone.
+    pub fn lost_from(&self, host: Host) -> u64 {
+        tx_dropped(self.host(host), "eth0")
     }
 
     /// Pulls the host's cable: both ends lose carrier.
@@ -307,6 +310,15 @@ impl Lab {
         if let Err(error) = self.bridge.sh(&line) {
             panic!("{error:#}");
         }
+    }
+}
+
+fn tx_dropped(namespace: &Namespace, interface: &str) -> u64 {
+    let file = format!("/sys/class/net/{interface}/statistics/tx_dropped");
+    let count = namespace.sh(&format!("cat {file}"));
+    match count.map(|count| count.trim().parse()) {
+        Ok(Ok(count)) => count,
+        other => panic!("{file}: {other:?}"),
     }
 }
 

@@ -569,7 +569,6 @@ impl Node {
     }
 }
 
-/// States that count as speaking for the VIP, or being about to.
 /// Who is to be active, the greatest. At the same epoch it is who is already: who claims it then has not heard
 /// of that, and its connections are from before. States only grow within an epoch, so of two that have not heard
 /// all of each other at most one yields.
@@ -577,6 +576,7 @@ fn rank(epoch: u64, state: State, node: Ipv4Addr) -> (u64, bool, Ipv4Addr) {
     (epoch, state == State::Active, node)
 }
 
+/// States that count as speaking for the VIP, or being about to.
 fn speaks(state: State) -> bool {
     matches!(state, State::Active | State::TakingOver)
 }
