@@ -77,8 +77,14 @@ pub struct EngineHandle {
 impl EngineHandle {
     /// Never waits.
     pub fn send(&self, command: Command) {
-        // Both fail only when the thread has ended, and then nobody is to be told.
+        // Fails only when the thread has ended, and then nobody is to be told.
         let _ = self.commands.send(command);
+        self.wake();
+    }
+
+    /// What threads show each other has changed: it is to look now.
+    pub fn wake(&self) {
+        // As above.
         let _ = self.wake.write(1);
     }
 }

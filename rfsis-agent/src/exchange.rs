@@ -31,6 +31,8 @@ pub struct Exchange {
     confirms: Vec<Confirm>,
     /// A sign of life is owed.
     answer: bool,
+    /// The peer gets copies of what comes in.
+    copied: bool,
     /// When the active asked last for a sign of life, ns.
     asked_at: Nanos,
     /// Silence of either node after which the active does not wait for the standby, ns.
@@ -59,6 +61,7 @@ impl Exchange {
             records: Vec::new(),
             confirms: Vec::new(),
             answer: false,
+            copied: false,
             asked_at: 0,
             timeout,
             interval,
@@ -111,6 +114,14 @@ impl Exchange {
         Some(peer)
     }
 
+    /// Whether the peer gets copies of what comes in: from then on it can answer.
+    pub fn set_copied(&mut self, copied: bool, now: Nanos) {
+        if copied && !self.copied {
+            self.guard.seek(now);
+        }
+        self.copied = copied;
+    }
+
     /// The epoch of [`Exchange::set_term`], if there is a peer.
     pub fn epoch(&self) -> Option<u64> {
         self.prompts.epoch()
@@ -144,7 +155,7 @@ impl Exchange {
     }
 
     /// Judges a datagram that came from the address `from`. One that counts is to be given to
-    /// [`Exchange::process`], and is a sign of life if the peer is `copied` to: one that gets no copies would
+    /// [`Exchange::process`], and is a sign of life if the peer is copied to: one that gets no copies would
     /// never confirm what it is sent, and clients would wait for it.
     ///
     /// # Errors
@@ -154,7 +165,6 @@ impl Exchange {
         datagram: &'a [u8],
         from: Ipv4Addr,
         epoch: u64,
-        copied: bool,
         now: Nanos,
         gate: &mut impl GuardEffects,
     ) -> Result<Opened<'a>, SyncError> {
@@ -163,7 +173,7 @@ impl Exchange {
             self.answer = true;
             self.asked_at = now;
         }
-        if copied {
+        if self.copied {
             self.guard.heard(now, gate);
         }
         Ok(opened)

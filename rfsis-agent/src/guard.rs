@@ -250,7 +250,7 @@ pub struct Guard {
     /// Flows that are still to be looked at in this round.
     to_sweep: Vec<FlowKey>,
     ping: bool,
-    /// When the first ping was sent that is not answered yet.
+    /// When the first ping was sent that is not answered yet; 0 if none was.
     pinged_at: Nanos,
     syns: HashMap<FlowKey, Syn>,
     syn_order: VecDeque<(FlowKey, u32)>,
@@ -306,8 +306,14 @@ impl Guard {
     /// The node is active now: it asks for a standby.
     pub fn go_active(&mut self, now: Nanos) {
         self.active = true;
-        self.next_tick = now;
         self.next_sweep = now + SECOND;
+        self.seek(now);
+    }
+
+    /// There may be a standby now that answers, where there was none.
+    pub fn seek(&mut self, now: Nanos) {
+        self.next_tick = now;
+        self.pinged_at = 0;
     }
 
     /// The node is not active any more: nothing of what it guarded is its own.
@@ -336,6 +342,7 @@ impl Guard {
             return;
         }
         self.heard_at = None;
+        self.seek(now);
         self.set_guarding(false, fx);
         self.expose_all(now, fx);
         self.joins.clear();

@@ -220,6 +220,7 @@ impl Link {
         now: Nanos,
     ) -> bool {
         self.set_term(shared, now);
+        self.exchange.set_copied(shared.is_copying(), now);
         let epoch = shared.epoch();
         let mut more = self.take_datagrams(flows, effects, shared, now);
         more |= self.take_openings();
@@ -291,18 +292,16 @@ impl Link {
                 continue;
             }
             let datagram = &buffer[..len];
-            let copied = shared.is_copying();
-            let opened =
-                match self
-                    .exchange
-                    .open(datagram, *from.ip(), epoch, copied, now, &mut self.gate)
-                {
-                    Ok(opened) => opened,
-                    Err(error) => {
-                        self.metrics.sync_received.inc(error.into());
-                        continue;
-                    }
-                };
+            let opened = match self
+                .exchange
+                .open(datagram, *from.ip(), epoch, now, &mut self.gate)
+            {
+                Ok(opened) => opened,
+                Err(error) => {
+                    self.metrics.sync_received.inc(error.into());
+                    continue;
+                }
+            };
             self.metrics.sync_received.inc(SyncReceived::Ok);
             shared.sync_heard(now, epoch);
             // It may speak of one that has just been reported.

@@ -349,6 +349,7 @@ impl Pulse {
         if mirror.write(peer).is_ok() {
             runner.mirrors = peer;
             self.shared.set_copying(!peer.is_nobody());
+            self.engine.wake();
             self.notice(Notice::Mirrors(peer));
         } else {
             self.notice(Notice::MirrorNotWritten);

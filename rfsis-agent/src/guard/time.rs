@@ -72,14 +72,16 @@ impl Guard {
             return;
         }
         if now >= self.next_tick {
-            // A ping or its answer may be lost: until one comes back they follow each other closely.
             let answered = self.heard_at.is_some_and(|at| at >= self.pinged_at);
-            let share = if answered { 4 } else { 16 };
-            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
-            self.ping = true;
             if answered || self.pinged_at == 0 {
                 self.pinged_at = now;
             }
+            // A ping or its answer may be lost: until one comes back they follow each other closely, as long as
+            // clients wait for a standby, or one has just come.
+            let soon = !answered && now.saturating_sub(self.pinged_at) < self.config.timeout;
+            let share = if soon { 16 } else { 4 };
+            self.next_tick = now + (self.config.timeout / share).clamp(MS / 4, 100 * MS);
+            self.ping = true;
             self.ask(fx);
         }
         let silent = self
@@ -262,6 +264,37 @@ mod tests {
                 records(guard)
             })
             .collect()
+    }
+
+    /// How often a standby that is silent is asked whether it is there.
+    fn pings(guard: &mut Guard, ms: std::ops::Range<Nanos>) -> usize {
+        let mut maps = Maps::default();
+        ms.filter(|ms| {
+            guard.poll(ms * MS, &mut maps);
+            guard.take_records(&mut Vec::new())
+        })
+        .count()
+    }
+
+    #[test]
+    fn nobody_is_asked_for_closely_unless_one_may_have_come() {
+        let mut guard = guard(4);
+        assert_eq!(pings(&mut guard, 0..1_000), 16);
+        assert_eq!(pings(&mut guard, 2_000..12_000), 100);
+        guard.seek(12_050 * MS);
+        assert_eq!(pings(&mut guard, 12_050..12_051), 1, "at once");
+        assert_eq!(pings(&mut guard, 12_051..13_050), 15);
+        assert_eq!(pings(&mut guard, 14_000..24_000), 100);
+    }
+
+    #[test]
+    fn a_standby_that_clients_wait_for_is_asked_closely_when_it_does_not_answer() {
+        let (mut guard, mut maps) = (guard(4), Maps::default());
+        assert_eq!(pings(&mut guard, 0..3_000), 37);
+        guard.heard(3_000 * MS, &mut maps);
+        // Two each 100 ms, then unanswered ones each sixteenth of the timeout.
+        assert_eq!(pings(&mut guard, 3_000..4_000), 15);
+        assert_eq!(guard.take_facts(), [Fact::Guarding]);
     }
 
     #[test]

@@ -308,7 +308,12 @@ impl Machine {
                     }
                 }
             }
-            let Some(mut stepped) = agent.pulse.step(&mut self.kernel, now) else {
+            let copied_to = self.kernel.peer;
+            let stepped = agent.pulse.step(&mut self.kernel, now);
+            if self.kernel.peer != copied_to {
+                agent.due = agent.due.min(now);
+            }
+            let Some(mut stepped) = stepped else {
                 return;
             };
             if stepped.yielded.is_some() {
@@ -503,6 +508,7 @@ impl Machine {
         let (maps, world) = (&mut self.kernel.maps, &mut self.world);
         maps.now = now;
         set_term(exchange, shown, maps, now);
+        exchange.set_copied(copied, now);
         take_openings(exchange, maps, now);
         while let Some(datagram) = agent.datagrams.pop_front() {
             let from = address(1 - self.index);
@@ -514,7 +520,7 @@ impl Machine {
                 exchange.process_prompt(confirms, now, maps);
                 continue;
             }
-            let Ok(opened) = exchange.open(&datagram, from, shown.epoch, copied, now, maps) else {
+            let Ok(opened) = exchange.open(&datagram, from, shown.epoch, now, maps) else {
                 continue;
             };
             let tag = datagram

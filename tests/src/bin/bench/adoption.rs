@@ -18,7 +18,7 @@ use crate::bulk::{Way, speed};
 use crate::plain::Plain;
 use crate::process::threads;
 use crate::settled::{is_standby, pair, valid};
-use crate::site::{last_cpu, pin_service};
+use crate::site::{last_cpu, pin_host};
 use crate::takeover::converse;
 
 /// Idle flows at the death.
@@ -310,7 +310,7 @@ fn service(way: Way) -> u16 {
 fn bare(way: Way) -> Result<f64> {
     let lab = lab()?;
     let plain = Plain::start(&lab, Host::A)?;
-    pin_service(plain.pid(), last_cpu()?)?;
+    pin_host(plain.pid(), last_cpu()?)?;
     speed(&connect(&lab, service(way))?, way)
 }
 
@@ -347,7 +347,7 @@ fn after_takeover(way: Way) -> Result<Option<Speeds>> {
         },
         |count| !matches!(count, Ok(0.0)),
     )?;
-    pin_service(pair.backup.pid(), last_cpu()?)?;
+    pin_host(pair.backup.pid(), last_cpu()?)?;
     let adopted = speed(&old, way)?;
     drop(old);
     let live = half_closed.map(|stream| speed(&stream, way)).transpose()?;

@@ -232,6 +232,14 @@ pub fn pin_service(process: u32, cpu: usize) -> Result<()> {
     Ok(())
 }
 
+/// Binds all of a program's threads to a CPU: of a host that serves alone, none of them ever runs on the client's.
+pub fn pin_host(process: u32, cpu: usize) -> Result<()> {
+    for thread in threads(process)? {
+        pin(thread.id, cpu)?;
+    }
+    Ok(())
+}
+
 fn pin(thread: Pid, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
