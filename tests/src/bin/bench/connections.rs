@@ -1,6 +1,6 @@
 //! New connections, each opened, closed by the client, and closed by the service.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ struct Opened {
     per_second: f64,
     /// The longest that any took from SYN to the service's FIN.
     longest: Duration,
+    /// Of so many the kernel said that there are none. Two CPUs may look for a connection while one of them puts
+    /// it in the place of its request, and then neither is found (`inet_ehash_insert`, net/ipv4/inet_hashtables.c).
+    resets: u64,
     usage: Usage,
 }
 
@@ -43,6 +46,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
         "connections/s",
         "of bare",
         "longest",
+        "reset",
         "client's retransmissions",
         "flows that the standby refused",
     ])];
@@ -63,6 +67,11 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
                 format!("{:.0}", median(&rates)),
                 range(&of_bare, ""),
                 format!("{:.1?}", longest.unwrap_or_default()),
+                outcomes[&arm]
+                    .iter()
+                    .map(|o| o.resets)
+                    .sum::<u64>()
+                    .to_string(),
                 sum(|u| u.client_repeats as f64).to_string(),
                 sum(|u| u.refused).to_string(),
             ];
@@ -90,12 +99,13 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
 }
 
 fn open(site: &Site, parallel: usize) -> Result<Opened> {
-    let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
+    let stop = AtomicBool::new(false);
+    let (count, resets) = (AtomicU64::new(0), AtomicU64::new(0));
     let (before, began) = (Reading::take(site)?, Instant::now());
     let (longest, elapsed, usage) = site.lab.client().run(|| {
         std::thread::scope(|scope| {
             let openers: Vec<_> = (0..parallel)
-                .map(|_| scope.spawn(|| open_and_close(&stop, &count)))
+                .map(|_| scope.spawn(|| open_and_close(&stop, &count, &resets)))
                 .collect();
             std::thread::sleep(SPAN);
             let after = Reading::take(site);
@@ -111,12 +121,13 @@ fn open(site: &Site, parallel: usize) -> Result<Opened> {
     Ok(Opened {
         per_second: count.into_inner() as f64 / elapsed.as_secs_f64(),
         longest,
+        resets: resets.into_inner(),
         usage,
     })
 }
 
 /// One connection after the other; returns how long the longest took.
-fn open_and_close(stop: &AtomicBool, count: &AtomicU64) -> Result<Duration> {
+fn open_and_close(stop: &AtomicBool, count: &AtomicU64, resets: &AtomicU64) -> Result<Duration> {
     pin_client()?;
     let mut longest = Duration::ZERO;
     while !stop.load(Ordering::Relaxed) {
@@ -125,10 +136,14 @@ fn open_and_close(stop: &AtomicBool, count: &AtomicU64) -> Result<Duration> {
             .context("connecting")?;
         client.set_read_timeout(Some(PATIENCE))?;
         client.shutdown(Shutdown::Write)?;
-        let read = client
-            .read(&mut [0])
-            .context("waiting for the service's FIN")?;
-        ensure!(read == 0, "the service said something");
+        match client.read(&mut [0]) {
+            Ok(read) => ensure!(read == 0, "the service said something"),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                resets.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            Err(error) => return Err(error).context("waiting for the service's FIN"),
+        }
         longest = longest.max(began.elapsed());
         count.fetch_add(1, Ordering::Relaxed);
     }
