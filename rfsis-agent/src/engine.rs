@@ -518,7 +518,9 @@ impl Engine {
                 continue;
             };
             drop(entry);
-            if self.flows.process_held(&held, &mut self.effects) {
+            if self.link.as_mut().is_some_and(|link| link.doubts(&held)) {
+                self.metrics.held_doubted.inc();
+            } else if self.flows.process_held(&held, &mut self.effects) {
                 self.metrics.held_released.inc();
             }
         }

@@ -28,7 +28,7 @@ use std::net::Ipv4Addr;
 
 use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release};
 use rfsis_common::frame::tcp_flags;
-use rfsis_common::maps::{Direction, FlowKey};
+use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use rfsis_common::prompt::Prompted;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
@@ -185,6 +185,8 @@ struct Flow {
     known_at: Nanos,
     /// What was confirmed when it was found to wait for more, and when that was.
     stalled: Option<(u32, Nanos)>,
+    /// The kernel has said once that there is no such connection.
+    denied: bool,
 }
 
 impl Flow {
@@ -204,6 +206,7 @@ impl Flow {
             closed_in_vain: 0,
             known_at: now,
             stalled: None,
+            denied: false,
         }
     }
 
@@ -374,6 +377,22 @@ impl Guard {
                     .map(|(key, _)| *key),
             );
             self.next_tick = now;
+        }
+    }
+
+    /// Whether an RST that the gate held is to be kept from the client: by it the kernel says that it does not
+    /// have a connection (RFC 9293 section 3.10.7.1) which is known here.
+    ///
+    /// Of two segments on two CPUs one completes the handshake and the other may find neither the request nor the
+    /// connection that replaces it (`inet_ehash_insert`, net/ipv4/inet_hashtables.c). A client that repeats itself
+    /// finds it; when the kernel says so again it is true.
+    pub fn doubts(&mut self, held: &HeldEvent) -> bool {
+        const KIND: u8 = tcp_flags::RST | tcp_flags::ACK;
+        match self.flows.get_mut(&held.flow) {
+            Some(flow) if held.flags as u8 & KIND == tcp_flags::RST => {
+                !std::mem::replace(&mut flow.denied, true)
+            }
+            _ => false,
         }
     }
 

@@ -10,7 +10,7 @@ use aya::maps::{MapData, RingBuf};
 use rfsis_common::ack_gate::{
     Confirmation, Guarded, OpeningEvent, OpeningKind, RELEASE_MARK, Sent,
 };
-use rfsis_common::maps::FlowKey;
+use rfsis_common::maps::{FlowKey, HeldEvent};
 use rfsis_common::prompt::{self, Prompted};
 
 use crate::adopt::Numbers;
@@ -203,6 +203,13 @@ impl Link {
         self.exchange
             .guard
             .process_opening(packet, OpeningKind::Syn, now, &mut self.gate);
+    }
+
+    /// As [`Guard::doubts`](crate::guard::Guard::doubts).
+    pub fn doubts(&mut self, held: &HeldEvent) -> bool {
+        // It may be of a connection that has just been reported.
+        self.take_openings();
+        self.exchange.guard.doubts(held)
     }
 
     /// The kernel takes a flow that lived on a shadow.

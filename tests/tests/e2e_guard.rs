@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
+use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -10,9 +11,11 @@ use std::time::Instant;
 use tests::agent::port;
 use tests::client::{begin_connect, connect, echo_exactly, hears, parts, says};
 use tests::faults::{Fault, Traffic};
+use tests::forge::{accepted, denial};
 use tests::metrics::Metrics;
 use tests::patience::{PATIENCE, slowed, wait_until};
 use tests::pulse::Pulse;
+use tests::wire::Wire;
 use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Wiring};
 
 const GATE: &str = "rfsis_ack_gate_packets_total";
@@ -275,6 +278,36 @@ fn a_client_is_told_of_no_byte_that_the_standby_lacks() {
 }
 
 // ---- a standby that dies -----------------------------------------------------------------------
+
+/// Two CPUs may look for a connection while one of them puts it in the place of its request, and then the kernel
+/// answers the other's segment as that of a stranger.
+#[test]
+fn a_client_hears_only_the_second_time_that_there_is_no_such_connection() {
+    let lab = Wiring::Mirror.lab();
+    let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
+    let wire = Wire::open(lab.client()).unwrap();
+    let mut stream = connect(&lab, port::ECHO).unwrap();
+    let (client_port, first) = wire.hear(slowed(PATIENCE), accepted).unwrap().unwrap();
+    says(&stream, 1).unwrap();
+    hears(&stream, 1).unwrap();
+    let kernel = Wire::open(lab.host(Host::A)).unwrap();
+    let deny = |heard: u32| {
+        let seq = first.wrapping_add(1 + heard);
+        kernel.send(&denial(Host::A, client_port, seq)).unwrap();
+    };
+    deny(16);
+    pair.primary
+        .wait_metric("rfsis_held_doubted_total", &[], 1.0);
+    says(&stream, 2).unwrap();
+    hears(&stream, 2).unwrap();
+    deny(32);
+    let error = stream.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert_eq!(
+        pair.primary.metrics().sum("rfsis_held_released_total", &[]),
+        1.0
+    );
+}
 
 #[test]
 fn clients_do_not_wait_for_a_dead_standby_and_the_next_one_guards_new_connections() {

@@ -295,6 +295,7 @@ pub(super) mod tests {
     use std::net::Ipv4Addr;
 
     use rfsis_common::ack_gate::Guarded;
+    use rfsis_common::maps::HeldEvent;
 
     use super::*;
     use crate::guard::{GuardConfig, RECHECK, RECHECK_SOON};
@@ -418,6 +419,26 @@ pub(super) mod tests {
         let mut records = Vec::new();
         guard.take_records(&mut records);
         records
+    }
+
+    #[test]
+    fn that_there_is_no_connection_which_is_known_is_believed_the_second_time() {
+        const RST: u32 = 4;
+        const ACK: u32 = 16;
+        let (mut guard, mut maps) = (guard(4), Maps::default());
+        let held = |flow, flags| HeldEvent {
+            flow,
+            flags,
+            ..HeldEvent::default()
+        };
+        let flow = numbers().flow;
+        assert!(!guard.doubts(&held(flow, RST)), "of nothing that is known");
+        guard.adopt(&numbers(), MS, &mut maps);
+        // A connection that a service has, and ends.
+        assert!(!guard.doubts(&held(flow, RST | ACK)));
+        assert!(!guard.doubts(&held(flow, 1 | ACK)));
+        assert!(guard.doubts(&held(flow, RST)));
+        assert!(!guard.doubts(&held(flow, RST)));
     }
 
     #[test]

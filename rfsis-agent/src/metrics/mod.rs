@@ -187,6 +187,8 @@ pub struct Metrics {
     pub xdp_mode: Gauges<XdpMode>,
     /// `rfsis_held_released_total`.
     pub held_released: IntCounter,
+    /// `rfsis_held_doubted_total`.
+    pub held_doubted: IntCounter,
     /// `rfsis_datagrams_replayed_total{result}`.
     pub datagrams_replayed: Counters<ReplayResult>,
     /// `rfsis_shadow_send_failures_total`.
@@ -368,6 +370,10 @@ impl Metrics {
             held_released: family.counter(
                 "rfsis_held_released_total",
                 "Held FIN and RST that were approved later.",
+            )?,
+            held_doubted: family.counter(
+                "rfsis_held_doubted_total",
+                "Held RST of connections that the guard knows, kept from the client the first time.",
             )?,
             datagrams_replayed: family.labelled_counters(
                 "rfsis_datagrams_replayed_total",

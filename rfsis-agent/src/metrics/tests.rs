@@ -73,6 +73,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_datagrams_total", "counter"),
         ("rfsis_datagrams_replayed_total", "counter"),
         ("rfsis_held_released_total", "counter"),
+        ("rfsis_held_doubted_total", "counter"),
         ("rfsis_shadow_send_failures_total", "counter"),
     ]);
     assert_eq!(types, expected);

@@ -362,7 +362,13 @@ impl Machine {
             }
         }
         while let Some(held) = self.kernel.held.pop_front() {
-            agent.flows.process_held(&held, &mut self.world);
+            let doubted = agent.exchange.as_mut().is_some_and(|exchange| {
+                take_openings(exchange, &mut self.kernel.maps, now);
+                exchange.guard.doubts(&held)
+            });
+            if !doubted {
+                agent.flows.process_held(&held, &mut self.world);
+            }
         }
         if now >= agent.flows.next_wakeup() {
             agent.flows.poll(now, &mut self.world);
