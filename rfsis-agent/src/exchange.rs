@@ -271,11 +271,8 @@ mod tests {
     const MS: Nanos = 1_000_000;
     const KEY: &[u8] = b"0123456789abcdef";
 
-    #[test]
-    fn an_active_that_may_have_opened_its_gate_behind_its_last_heartbeat_has_left_the_standby_deaf()
-    {
+    fn exchange(timeout: Nanos, interval: Nanos) -> Exchange {
         let (node, peer) = (Ipv4Addr::new(192, 168, 1, 2), Ipv4Addr::new(192, 168, 1, 1));
-        let (timeout, interval) = (300 * MS, 50 * MS);
         let guard = Guard::new(GuardConfig {
             vip: Ipv4Addr::new(192, 168, 1, 100),
             timeout,
@@ -283,17 +280,30 @@ mod tests {
             idle_timeout: 0,
             copied: true,
         });
-        let exchange = Exchange {
-            asked_at: 1000 * MS,
-            ..Exchange::new(
-                Channel::new(KEY, "demo", node, peer, 1),
-                Prompts::new(KEY, "demo", node, peer, 9501),
-                1,
-                guard,
-                timeout,
-                interval,
-            )
-        };
+        let channel = Channel::new(KEY, "demo", node, peer, 1);
+        let prompts = Prompts::new(KEY, "demo", node, peer, 9501);
+        Exchange::new(channel, prompts, 1, guard, timeout, interval)
+    }
+
+    #[test]
+    fn a_standby_that_begins_to_get_copies_is_asked_at_once_and_only_then() {
+        let mut exchange = exchange(300 * MS, 50 * MS);
+        exchange.go_active(1000 * MS);
+        exchange.set_copied(true, 1500 * MS);
+        assert_eq!(exchange.next_wakeup(), 1500 * MS);
+        exchange.set_copied(true, 1600 * MS);
+        assert_eq!(exchange.next_wakeup(), 1500 * MS, "it gets them still");
+        exchange.set_copied(false, 1700 * MS);
+        assert_eq!(exchange.next_wakeup(), 1500 * MS);
+        exchange.set_copied(true, 1800 * MS);
+        assert_eq!(exchange.next_wakeup(), 1800 * MS);
+    }
+
+    #[test]
+    fn an_active_that_may_have_opened_its_gate_behind_its_last_heartbeat_has_left_the_standby_deaf()
+    {
+        let mut exchange = exchange(300 * MS, 50 * MS);
+        exchange.asked_at = 1000 * MS;
         assert!(!exchange.was_deaf(900 * MS));
         assert!(!exchange.was_deaf(1250 * MS));
         assert!(exchange.was_deaf(1250 * MS + 1));

@@ -158,7 +158,14 @@ impl CapturedFrame {
 
     /// The TCP segment in it.
     pub fn tcp(&self) -> Option<Segment> {
-        let packet = SlicedPacket::from_ethernet(&self.bytes).ok()?;
+        Segment::of(&self.bytes)
+    }
+}
+
+impl Segment {
+    /// The TCP segment in a frame.
+    pub fn of(frame: &[u8]) -> Option<Self> {
+        let packet = SlicedPacket::from_ethernet(frame).ok()?;
         let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Tcp(tcp))) =
             (packet.net, packet.transport)
         else {

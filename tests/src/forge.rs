@@ -115,17 +115,6 @@ pub fn sync_frame(source: Ipv4Addr, to: Host, datagram: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// The client's port of a connection that the VIP accepts by this frame, and its first sequence number there.
-pub fn accepted(frame: &[u8]) -> Option<(u16, u32)> {
-    let packet = SlicedPacket::from_ethernet(frame).ok()?;
-    let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Tcp(tcp))) = (packet.net, packet.transport)
-    else {
-        return None;
-    };
-    let is_answer = tcp.syn() && tcp.ack() && ip.header().source_addr() == VIP;
-    is_answer.then(|| (tcp.destination_port(), tcp.sequence_number()))
-}
-
 /// A frame by which a host's kernel says to the client's `port` that there is no such connection to `echo`:
 /// `seq` is what the client has acknowledged (RFC 9293 section 3.10.7.1).
 pub fn denial(from: Host, port: u16, seq: u32) -> Vec<u8> {

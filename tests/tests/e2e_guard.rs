@@ -9,14 +9,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use tests::agent::port;
+use tests::capture::Segment;
 use tests::client::{begin_connect, connect, echo_exactly, hears, parts, says};
 use tests::faults::{Fault, Traffic};
-use tests::forge::{accepted, denial};
+use tests::forge::denial;
 use tests::metrics::Metrics;
 use tests::patience::{PATIENCE, slowed, wait_until};
 use tests::pulse::Pulse;
 use tests::wire::Wire;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, Wiring};
+use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, VIP, Wiring};
 
 const GATE: &str = "rfsis_ack_gate_packets_total";
 const FRAMES: &str = "rfsis_frames_total";
@@ -287,13 +288,17 @@ fn a_client_hears_only_the_second_time_that_there_is_no_such_connection() {
     let pair = Pair::start_guarding(&lab, &Wiring::Mirror.settings());
     let wire = Wire::open(lab.client()).unwrap();
     let mut stream = connect(&lab, port::ECHO).unwrap();
-    let (client_port, first) = wire.hear(slowed(PATIENCE), accepted).unwrap().unwrap();
+    let answer = |frame: &[u8]| {
+        Segment::of(frame).filter(|segment| segment.syn && segment.source == (VIP, port::ECHO))
+    };
+    let answer = wire.hear(slowed(PATIENCE), answer).unwrap().unwrap();
     says(&stream, 1).unwrap();
     hears(&stream, 1).unwrap();
     let kernel = Wire::open(lab.host(Host::A)).unwrap();
     let deny = |heard: u32| {
-        let seq = first.wrapping_add(1 + heard);
-        kernel.send(&denial(Host::A, client_port, seq)).unwrap();
+        let seq = answer.seq.wrapping_add(1 + heard);
+        let denial = denial(Host::A, answer.destination.1, seq);
+        kernel.send(&denial).unwrap();
     };
     deny(16);
     pair.primary

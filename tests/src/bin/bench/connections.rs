@@ -28,8 +28,8 @@ struct Opened {
     per_second: f64,
     /// The longest that any took from SYN to the service's FIN.
     longest: Duration,
-    /// Of so many the kernel said that there are none. Two CPUs may look for a connection while one of them puts
-    /// it in the place of its request, and then neither is found (`inet_ehash_insert`, net/ipv4/inet_hashtables.c).
+    /// So many were reset, as without RFSIS, too: two CPUs may look for a connection while one of them puts it in the
+    /// place of its request, and then neither is found (`inet_ehash_insert`, net/ipv4/inet_hashtables.c).
     resets: u64,
     usage: Usage,
 }

@@ -233,6 +233,9 @@ pub fn pin_service(process: u32, cpu: usize) -> Result<()> {
 }
 
 /// Binds all of a program's threads to a CPU: of a host that serves alone, none of them ever runs on the client's.
+///
+/// # Errors
+/// Of sched_setaffinity(2).
 pub fn pin_host(process: u32, cpu: usize) -> Result<()> {
     for thread in threads(process)? {
         pin(thread.id, cpu)?;
