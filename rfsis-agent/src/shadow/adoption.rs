@@ -10,6 +10,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
+use super::memory::Lent;
 use super::{Context, Outgoing, Shadow, Source};
 use crate::adopt::{Numbers, Unfinished};
 use crate::heartbeat::Nanos;
@@ -43,6 +44,7 @@ pub enum Readiness {
 /// The buffers of a shadow that is done with, to be dropped when there is time.
 pub struct Shell {
     _sockets: SocketSet<'static>,
+    _memory: Lent,
 }
 
 impl std::fmt::Debug for Shell {
@@ -188,6 +190,7 @@ impl Shadow {
                 Unfinished { handler, input },
                 Shell {
                     _sockets: self.sockets,
+                    _memory: self.memory,
                 },
             )),
             Source::Active { .. } => None,

@@ -286,6 +286,7 @@ impl Shadow {
                 moved |= self.fin_taken;
             }
             if !moved {
+                self.memory.note_use(self.taken.max(self.written));
                 return;
             }
         }

@@ -25,6 +25,7 @@ mod active;
 mod adoption;
 mod client;
 mod live;
+mod memory;
 mod restored;
 
 use std::collections::VecDeque;
@@ -48,6 +49,8 @@ use crate::segment::Options;
 use crate::sync::{Confirm, Open, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
+
+use memory::Lent;
 
 pub use adoption::{Readiness, Shell};
 pub use live::{probe_packet, reset_packet};
@@ -173,6 +176,8 @@ pub struct Shadow {
     iface: Interface,
     sockets: SocketSet<'static>,
     socket: SocketHandle,
+    /// Of the socket, which must go first: fields are dropped in this order.
+    memory: Lent,
     kind: HandlerKind,
     source: Source,
     /// The late join that it came by.
@@ -274,11 +279,8 @@ fn interface(vip: Ipv4Addr, wire: &mut Wire, now: Nanos) -> Interface {
     iface
 }
 
-fn new_socket() -> Socket<'static> {
-    let mut socket = Socket::new(
-        SocketBuffer::new(vec![0; BUFFER]),
-        SocketBuffer::new(vec![0; BUFFER]),
-    );
+fn new_socket([receive, send]: [SocketBuffer<'static>; 2]) -> Socket<'static> {
+    let mut socket = Socket::new(receive, send);
     socket.set_ack_delay(None);
     socket.set_nagle_enabled(false);
     socket.set_congestion_control(CongestionControl::Cubic);
@@ -291,7 +293,7 @@ fn new_socket() -> Socket<'static> {
 pub fn learn_isn(wire: &mut Wire) -> Option<u32> {
     let vip = Ipv4Addr::new(192, 0, 2, 1);
     let mut iface = interface(vip, wire, 0);
-    let mut socket = new_socket();
+    let mut socket = new_socket([(); 2].map(|()| SocketBuffer::new(vec![0; BUFFER])));
     socket.listen((vip, 7)).ok()?;
     let mut sockets = SocketSet::new(vec![]);
     sockets.add(socket);
@@ -320,7 +322,9 @@ impl Shadow {
         cx: &mut Context<'_>,
     ) -> Self {
         let mut iface = interface(vip, cx.wire, cx.now);
-        let mut socket = new_socket();
+        let mut memory = Lent::take();
+        // SAFETY: the socket stays in `sockets`, which a shadow and its shell drop before `memory`.
+        let mut socket = new_socket(unsafe { memory.buffers() });
         if handshake.timestamps() {
             socket.set_tsval_generator(Some(no_timestamp));
         }
@@ -357,6 +361,7 @@ impl Shadow {
             iface,
             sockets,
             socket: handle,
+            memory,
             kind,
             source,
             joined: None,
