@@ -1,4 +1,4 @@
-//! Datagrams of the sync channel, prompts included: any, and any content that a holder of the key might have
+//! Datagrams of the sync channel, prompts and answers included: any, and any content that a holder of the key might have
 //! signed; and snapshots, which they carry.
 
 #![no_main]
@@ -52,6 +52,7 @@ fn prompts(bytes: &[u8]) {
     let (mut sender, receiver) = (end(A, B, 1, 2), end(B, A, 2, 1));
     let mut seen = PromptSeen::default();
     assert!(receiver.open(bytes, A, seen).is_err(), "a forged prompt");
+    assert!(receiver.open_answer(bytes, A).is_err(), "a forged answer");
     let words = bytes
         .as_chunks()
         .0

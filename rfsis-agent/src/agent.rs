@@ -167,7 +167,7 @@ async fn run_until_stopped(config: Config, role: Role) -> Result<(), Fatal> {
         guard: match config.protect {
             Protect::Async => None,
             Protect::Sync(_) => Some(GuardParams {
-                max_flows: config.shadow.max_flows as u32,
+                slots: crate::guard::slots(config.shadow.max_flows) as u32,
                 ifindex: netif.index,
             }),
         },

@@ -12,8 +12,8 @@ use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
-use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State};
-use rfsis_common::verdict::{LONG_FRAME, LONG_FRAME_WAIT};
+use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State, frame_flags};
+use rfsis_common::verdict::patience;
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
@@ -32,10 +32,6 @@ use crate::warm::Warmer;
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
-
-/// A standby that has just read small frames does not look at others of that kind sooner than after this, ns:
-/// to be woken for each costs more than to read it. Where there were long ones it is [`LONG_FRAME_WAIT`].
-const REST: Nanos = 200_000;
 
 /// Between two looks at what the ring lost, ns.
 const LOST_INTERVAL: Nanos = 50_000_000;
@@ -289,13 +285,14 @@ impl Rest {
         }
     }
 
-    /// A frame of `len` bytes was read.
+    /// A frame of `len` bytes was read: others that follow it, to be woken for each of which costs more than to read
+    /// it, may wait as long as it might have.
     fn note(&mut self, len: u32) {
-        if len > LONG_FRAME {
-            self.due = LONG_FRAME_WAIT;
-        } else if self.due == 0 {
-            self.due = REST;
-        }
+        let patience = patience(len);
+        self.due = match self.due {
+            0 => patience,
+            due => due.min(patience),
+        };
     }
 
     /// To be called before the thread waits; gives when it has to look at the ring by itself, ns. What
@@ -408,6 +405,9 @@ impl Engine {
             if now >= next_lost {
                 next_lost = now + LOST_INTERVAL;
                 self.take_lost();
+                if let Some(link) = &mut self.link {
+                    link.promise(&self.flows, now);
+                }
             }
             if now >= next_census {
                 let took = self.count(now);
@@ -458,15 +458,22 @@ impl Engine {
                     if datagrams::is_udp(packet) {
                         return self.datagrams.process_frame(packet, direction, arrival);
                     }
-                    let result =
-                        self.flows
-                            .process_frame(packet, direction, arrival, &mut self.effects);
+                    let (flows, fx) = (&mut self.flows, &mut self.effects);
+                    let result = if header.flags & frame_flags::ANSWERED != 0 {
+                        flows.process_answered(packet, arrival, fx)
+                    } else {
+                        flows.process_frame(packet, direction, arrival, fx)
+                    };
                     if result == FrameResult::UnknownFlow && header.state == State::Active as u16 {
                         self.effects.pass_on_if_adopted(packet);
                     }
                     result
                 },
             );
+            if result.is_err() && header.flags & frame_flags::ANSWERED != 0 {
+                let packet = frame.get(usize::from(header.l3_offset)..);
+                self.flows.disclaim(packet.unwrap_or_default());
+            }
             drop(entry);
             self.metrics
                 .frames
@@ -673,6 +680,7 @@ mod tests {
             direction: direction as u16,
             state: state as u16,
             l3_offset: 14,
+            flags: 0,
         };
         assert_eq!(
             classify(&header, &frame, source, None).is_ok(),

@@ -5,12 +5,16 @@
 
 use std::net::Ipv4Addr;
 
+use rfsis_common::agree::{AgreePeer, Answer};
 use rfsis_common::prompt::{PromptPeer, PromptSeen};
 
 use crate::flows::{Effects, Flows};
 use crate::guard::{Guard, GuardEffects};
 use crate::heartbeat::Nanos;
 use crate::sync::{Channel, Confirm, Opened, Prompts, Record, SyncError, Term};
+
+/// The active need not hear at once that a flow has ended: it would be woken for each, ns.
+const CLOSE_PATIENCE: Nanos = 10_000_000;
 
 /// A node's half of the exchange.
 #[derive(Debug)]
@@ -29,6 +33,9 @@ pub struct Exchange {
     records: Vec<Record>,
     /// What the active's kernel is to be told.
     confirms: Vec<Confirm>,
+    /// Ends of which the active is told when there is something else to say, or at `close_at` (ns).
+    closes: Vec<Record>,
+    close_at: Nanos,
     /// A sign of life is owed.
     answer: bool,
     /// The peer gets copies of what comes in.
@@ -60,6 +67,8 @@ impl Exchange {
             peer_session: None,
             records: Vec::new(),
             confirms: Vec::new(),
+            closes: Vec::new(),
+            close_at: Nanos::MAX,
             answer: false,
             copied: false,
             asked_at: 0,
@@ -84,6 +93,8 @@ impl Exchange {
     pub fn go_standby(&mut self, gate: &mut impl GuardEffects) {
         self.guard.go_standby(gate);
         self.records.clear();
+        self.closes.clear();
+        self.close_at = Nanos::MAX;
     }
 
     /// The peer's session, as last seen.
@@ -93,25 +104,25 @@ impl Exchange {
 
     /// The peer's session that the heartbeats have established, and the epoch of this node. With either the
     /// standby may be one that has forgotten what it held: its agent was started anew, or it had taken over. Gives
-    /// from whom the kernel is to take confirmations from now on, if that has changed.
+    /// from whom the kernel is to take confirmations from now on, and with whom to agree on openings, if that has changed.
     pub fn set_term(
         &mut self,
         session: Option<u64>,
         epoch: u64,
         now: Nanos,
         gate: &mut impl GuardEffects,
-    ) -> Option<PromptPeer> {
+    ) -> Option<(PromptPeer, AgreePeer)> {
         if session != self.peer_session {
             self.peer_session = session;
             self.channel.set_peer(session);
         }
-        let peer = self.prompts.set_term(session.map(|peer_session| Term {
+        let peers = self.prompts.set_term(session.map(|peer_session| Term {
             own_session: self.own_session,
             peer_session,
             epoch,
         }))?;
         self.guard.peer_changed(now, gate);
-        Some(peer)
+        Some(peers)
     }
 
     /// Whether the peer gets copies of what comes in: from then on it can answer.
@@ -138,6 +149,25 @@ impl Exchange {
         seen: PromptSeen,
     ) -> Result<(Vec<Confirm>, PromptSeen), SyncError> {
         self.prompts.open(datagram, from, seen)
+    }
+
+    /// As [`Prompts::open_answer`].
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn open_answer(&self, datagram: &[u8], from: Ipv4Addr) -> Result<Answer, SyncError> {
+        self.prompts.open_answer(datagram, from)
+    }
+
+    /// Takes an answer that the active's kernel has left to the agent; `false` if nothing waits for it.
+    pub fn process_answer(
+        &mut self,
+        answer: &Answer,
+        now: Nanos,
+        gate: &mut impl GuardEffects,
+    ) -> bool {
+        let key = self.prompts.agreeing().taking;
+        self.guard.process_answer(answer, key, now, gate)
     }
 
     /// Takes confirmations that the active's kernel has left to the agent.
@@ -230,7 +260,7 @@ impl Exchange {
 
     /// When [`Exchange::dispatch`] is due though nothing came in, ns.
     pub fn next_wakeup(&self) -> Nanos {
-        self.guard.next_wakeup()
+        self.guard.next_wakeup().min(self.close_at)
     }
 
     /// Does what is due, and hands what is to be said to `send`, as datagrams. After each batch of frames, so
@@ -247,17 +277,24 @@ impl Exchange {
             self.guard.poll(now, gate);
         }
         let (records, confirms) = (&mut self.records, &mut self.confirms);
+        let closes = &mut self.closes;
         flows.take_confirmations(|record| match record {
             Record::Confirm(confirm) if confirm.sack.blocks().is_empty() => confirms.push(confirm),
+            Record::Close { .. } => closes.push(record),
             record => records.push(record),
         });
+        if !self.closes.is_empty() && self.close_at == Nanos::MAX {
+            self.close_at = now + CLOSE_PATIENCE;
+        }
         if !self.confirms.is_empty() {
             self.prompts.seal(&self.confirms, &mut send);
             self.confirms.clear();
         }
         let ping = self.guard.take_records(&mut self.records);
         let answer = std::mem::take(&mut self.answer);
-        if ping || answer || !self.records.is_empty() {
+        if ping || answer || !self.records.is_empty() || now >= self.close_at {
+            self.records.append(&mut self.closes);
+            self.close_at = Nanos::MAX;
             self.channel.seal(epoch, ping, self.records.drain(..), send);
         }
     }
@@ -266,7 +303,11 @@ impl Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flows::FlowsConfig;
     use crate::guard::GuardConfig;
+    use crate::segment::{Options, flow_key};
+    use crate::simulation::{ECHO, Maps, World, config};
+    use crate::sync::Open;
 
     const MS: Nanos = 1_000_000;
     const KEY: &[u8] = b"0123456789abcdef";
@@ -297,6 +338,57 @@ mod tests {
         assert_eq!(exchange.next_wakeup(), 1500 * MS);
         exchange.set_copied(true, 1800 * MS);
         assert_eq!(exchange.next_wakeup(), 1800 * MS);
+    }
+
+    /// A standby's flows that have something to say by and by: the flow is known, then its client gives up.
+    fn ended(world: &mut World) -> Flows {
+        let config = FlowsConfig {
+            guarded: true,
+            copied: true,
+            ..config()
+        };
+        let mut flows = Flows::new(config).unwrap();
+        let client = Ipv4Addr::new(192, 168, 1, 50);
+        let open = Open {
+            flow: flow_key(client, 40_000, ECHO),
+            client_isn: 1000,
+            active_isn: 5000,
+            client_window: 60_000,
+            client: Options::default(),
+            active: Options::default(),
+        };
+        assert!(flows.process_open(&open, MS, world));
+        flows.take_confirmations(|_| {});
+        flows.process_close(open.flow, open.client_isn, world);
+        flows
+    }
+
+    #[test]
+    fn that_flows_have_ended_is_said_with_something_else_or_a_little_later() {
+        let (mut world, mut maps) = (World::default(), Maps::default());
+        let said = |exchange: &mut Exchange, flows: &mut Flows, now, maps: &mut Maps| {
+            let mut said = 0;
+            exchange.dispatch(1, now, flows, maps, |_| said += 1);
+            said
+        };
+        let mut exchange = exchange(300 * MS, 50 * MS);
+        exchange.channel.set_peer(Some(7));
+        let mut flows = ended(&mut world);
+        assert_eq!(said(&mut exchange, &mut flows, 10 * MS, &mut maps), 0);
+        assert_eq!(exchange.next_wakeup(), 10 * MS + CLOSE_PATIENCE);
+        // Another does not put it off.
+        let mut flows = ended(&mut world);
+        assert_eq!(said(&mut exchange, &mut flows, 15 * MS, &mut maps), 0);
+        assert_eq!(exchange.next_wakeup(), 10 * MS + CLOSE_PATIENCE);
+        assert_eq!(said(&mut exchange, &mut flows, 20 * MS, &mut maps), 1);
+        assert_eq!(exchange.next_wakeup(), Nanos::MAX);
+        assert_eq!(said(&mut exchange, &mut flows, 40 * MS, &mut maps), 0);
+
+        let mut flows = ended(&mut world);
+        assert_eq!(said(&mut exchange, &mut flows, 50 * MS, &mut maps), 0);
+        exchange.answer = true;
+        assert_eq!(said(&mut exchange, &mut flows, 51 * MS, &mut maps), 1);
+        assert_eq!(said(&mut exchange, &mut flows, 70 * MS, &mut maps), 0);
     }
 
     #[test]

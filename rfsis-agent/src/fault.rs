@@ -34,6 +34,8 @@ mod faults {
         LowerNoWindow,
         /// The gate releases a SYN-ACK before the standby knows of the connection.
         ReleaseUnknown,
+        /// The standby's program answers for a SYN-ACK that is not in its ring.
+        AnswerLost,
         /// The gate holds no FIN of an agent that was killed.
         ApproveAll,
         /// The gate does not look at the lease.
@@ -72,11 +74,12 @@ mod faults {
 
     impl Fault {
         /// All of them.
-        pub const ALL: [Fault; 21] = [
+        pub const ALL: [Fault; 22] = [
             Fault::HoldNothing,
             Fault::LowerNoAck,
             Fault::LowerNoWindow,
             Fault::ReleaseUnknown,
+            Fault::AnswerLost,
             Fault::ApproveAll,
             Fault::IgnoreLease,
             Fault::ConfirmTooMuch,

@@ -27,6 +27,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
 use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release};
+use rfsis_common::agree::Pending;
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
 use rfsis_common::prompt::Prompted;
@@ -34,6 +35,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
 use self::half_open::Handshakes;
+pub use self::opening::slots;
 use crate::collections::HashMap;
 use crate::fault::faulty;
 use crate::heartbeat::Nanos;
@@ -67,7 +69,7 @@ pub struct GuardConfig {
     pub vip: Ipv4Addr,
     /// A standby that was not heard for so long protects nothing, ns.
     pub timeout: Nanos,
-    /// Flows at the most: slots of the gate's maps.
+    /// Flows at the most; the gate's maps have more slots, see [`slots`].
     pub max_flows: usize,
     /// A flow that is silent for so long is forgotten, as its shadow is, ns.
     pub idle_timeout: Nanos,
@@ -85,6 +87,12 @@ pub trait GuardEffects {
     fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool;
     /// Takes a flow from the gate.
     fn withdraw(&mut self, flow: FlowKey);
+    /// Gives the gate a slot for a flow on which the kernels agree by themselves; false if it takes no more.
+    fn lend(&mut self, slot: u32) -> bool;
+    /// The SYN-ACK of this flow that the gate keeps, if it does.
+    fn kept(&mut self, flow: FlowKey) -> Option<Pending>;
+    /// Takes a held SYN-ACK from the gate, which would let it go when the kernels agree; false if it has done so.
+    fn claim(&mut self, flow: FlowKey) -> bool;
     /// Writes what the standby holds.
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool;
     /// Lets the gate take confirmations of a flow by itself from now on, or no longer, by a value of zeros.
@@ -153,8 +161,12 @@ enum Phase {
         open: Box<Open>,
         /// The SYN-ACK.
         answer: Vec<u8>,
+        /// The gate has it, too, and lets it go when the kernels agree.
+        kept: bool,
         since: Nanos,
         pause: Nanos,
+        /// When the standby is to be told of it, or told again.
+        repeat_at: Nanos,
     },
     Guarded,
     Exposed,
@@ -261,6 +273,11 @@ pub struct Guard {
     /// Slots that no flow has, longest free first: a segment on its way through the gate may still write
     /// to one that was just freed.
     free: VecDeque<u32>,
+    /// How many more the gate has, for flows on which the kernels agree.
+    lent: usize,
+    /// When a standby was heard after none was, ns. What the kernels agreed on before was with another, or with one
+    /// that has been silent since.
+    guarding_since: Nanos,
     /// Handshakes, oldest first; some are completed.
     handshakes: Handshakes,
     /// Openings to be repeated.
@@ -293,7 +310,9 @@ impl Guard {
             syns: HashMap::default(),
             syn_order: VecDeque::new(),
             flows: HashMap::default(),
-            free: (0..config.max_flows as u32).collect(),
+            free: (0..slots(config.max_flows) as u32).collect(),
+            lent: 0,
+            guarding_since: 0,
             handshakes: Handshakes::default(),
             repeats: BTreeSet::new(),
             rechecks: BTreeSet::new(),
@@ -368,6 +387,8 @@ impl Guard {
         self.heard_at = Some(now);
         if !self.guarding {
             self.set_guarding(true, fx);
+            self.guarding_since = now;
+            self.lend_slots(fx);
             self.facts.push(Fact::Guarding);
             self.to_ask.clear();
             let exposed = self.flows.iter();
@@ -412,9 +433,11 @@ impl Guard {
             Record::Confirm(confirm) => self.process_confirm(confirm, now, fx),
             Record::Refuse { flow, client_isn } if self.is(flow, *client_isn) => {
                 if self.is_opening(flow) {
-                    self.refused += 1;
-                    self.let_go(*flow, fx);
-                    self.forget(*flow, fx);
+                    if self.claim(*flow, fx) {
+                        self.refused += 1;
+                        self.let_go(*flow, fx);
+                        self.forget(*flow, fx);
+                    }
                 } else {
                     self.hand_over(*flow, now, fx);
                 }
@@ -446,6 +469,9 @@ impl Guard {
 
     /// The standby follows a handshake: if it is the one whose SYN-ACK is held, that may leave.
     fn process_known(&mut self, open: &Open, now: Nanos, fx: &mut impl GuardEffects) {
+        if self.is(&open.flow, open.client_isn) && !self.claim(open.flow, fx) {
+            return;
+        }
         let known = self.flows.get_mut(&open.flow);
         let Some(flow) = known.filter(|flow| flow.client_isn == open.client_isn) else {
             self.disown(open.flow, open.client_isn);
@@ -624,6 +650,7 @@ impl Guard {
     }
 
     fn forget(&mut self, key: FlowKey, fx: &mut impl GuardEffects) {
+        self.claim(key, fx);
         if let Some(flow) = self.flows.remove(&key) {
             if !matches!(flow.phase, Phase::Opening { .. }) {
                 fx.withdraw(key);

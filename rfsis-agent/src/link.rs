@@ -10,6 +10,7 @@ use aya::maps::{MapData, RingBuf};
 use rfsis_common::ack_gate::{
     Confirmation, Guarded, OpeningEvent, OpeningKind, RELEASE_MARK, Sent,
 };
+use rfsis_common::agree::{self, Answer, Pending};
 use rfsis_common::maps::{FlowKey, HeldEvent};
 use rfsis_common::prompt::{self, Prompted};
 
@@ -22,7 +23,7 @@ use crate::heartbeat::Nanos;
 use crate::metrics::{GuardCondition, JoinResult, Metrics, Protection, SyncReceived, SyncSent};
 use crate::services::{Connections, Snapshots};
 use crate::shared::Shared;
-use crate::sync::MAX_DATAGRAM;
+use crate::sync::{MAX_DATAGRAM, SyncError};
 use crate::sys::RawIpSocket;
 
 /// Datagrams that are taken before frames are looked at again.
@@ -30,6 +31,9 @@ const BATCH: usize = 64;
 
 /// The same of openings: all that the ring holds.
 const OPENINGS_BATCH: usize = 8192;
+
+/// For so long after this thread was last at work its program may answer for it, ns.
+const PROMISE: Nanos = 200_000_000;
 
 /// Opens the socket of the sync channel on this node's own address.
 ///
@@ -103,6 +107,18 @@ impl GuardEffects for KernelGuard {
 
     fn withdraw(&mut self, flow: FlowKey) {
         self.done(self.maps.withdraw(&flow));
+    }
+
+    fn lend(&mut self, slot: u32) -> bool {
+        self.done(self.maps.lend(slot))
+    }
+
+    fn kept(&mut self, flow: FlowKey) -> Option<Pending> {
+        self.maps.kept(&flow)
+    }
+
+    fn claim(&mut self, flow: FlowKey) -> bool {
+        self.maps.claim(&flow)
     }
 
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
@@ -189,6 +205,12 @@ impl Link {
         self.metrics.protection.choose(Protection::Degraded);
     }
 
+    /// Lets the program answer for this thread while it has room for flows, until it should have said so again.
+    pub fn promise(&mut self, flows: &Flows, now: Nanos) {
+        let until = if flows.has_room() { now + PROMISE } else { 0 };
+        self.gate.done(self.gate.maps.promise(until));
+    }
+
     /// The node is standby again.
     pub fn go_standby(&mut self) {
         self.exchange.go_standby(&mut self.gate);
@@ -270,10 +292,13 @@ impl Link {
 
     fn set_term(&mut self, shared: &Shared, now: Nanos) {
         let (session, epoch) = (shared.peer_session(), shared.epoch());
-        if let Some(peer) = self.exchange.set_term(session, epoch, now, &mut self.gate) {
+        if let Some((prompt, agree)) = self.exchange.set_term(session, epoch, now, &mut self.gate) {
             self.gate.count_prompts();
-            self.gate.done(self.gate.maps.take_prompts(peer));
-            (self.gate.prompts, self.gate.prompts_counted) = (peer.seen, 0);
+            self.gate.done(self.gate.maps.agree_with(agree));
+            self.gate.done(self.gate.maps.take_prompts(prompt));
+            (self.gate.prompts, self.gate.prompts_counted) = (prompt.seen, 0);
+            // What the kernels agreed on until now was with another.
+            while self.take_openings() {}
         }
     }
 
@@ -294,6 +319,13 @@ impl Link {
                 // Also an ICMP error of a peer whose agent is not up: it is read once and gone.
                 Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
             };
+            if buffer.starts_with(&agree::MAGIC) {
+                let answer = self.exchange.open_answer(&buffer[..len], *from.ip());
+                let result = answer.and_then(|answer| self.take_answer(&answer, now));
+                let result = result.map_or_else(SyncReceived::from, |()| SyncReceived::Ok);
+                self.metrics.sync_received.inc(result);
+                continue;
+            }
             if buffer.starts_with(&prompt::MAGIC) {
                 self.take_prompt(&buffer[..len], *from.ip(), shared, now);
                 continue;
@@ -319,6 +351,16 @@ impl Link {
             self.metrics.sync_records_skipped.inc_by(skipped);
         }
         true
+    }
+
+    /// Takes what the programs have left to the agent, or do not wait for any more.
+    fn take_answer(&mut self, answer: &Answer, now: Nanos) -> Result<(), SyncError> {
+        self.take_openings();
+        if self.exchange.process_answer(answer, now, &mut self.gate) {
+            Ok(())
+        } else {
+            Err(SyncError::Stale)
+        }
     }
 
     /// Takes what the gate has left to the agent.
@@ -347,9 +389,13 @@ impl Link {
             let Some(kind) = OpeningKind::from_u32(event.kind) else {
                 continue;
             };
-            self.exchange
-                .guard
-                .process_opening(event.packet(), kind, event.at_ns, &mut self.gate);
+            let (guard, at) = (&mut self.exchange.guard, event.at_ns);
+            match (kind, event.agreed()) {
+                (OpeningKind::Agreed, Some(agreed)) => {
+                    guard.process_agreed(event.flow, agreed, at, &mut self.gate);
+                }
+                (kind, _) => guard.process_opening(event.packet(), kind, at, &mut self.gate),
+            }
         }
         true
     }

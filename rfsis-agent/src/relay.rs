@@ -268,6 +268,7 @@ mod tests {
             direction: Direction::ToVip as u16,
             state: state as u16,
             l3_offset: 14,
+            flags: 0,
         }
     }
 

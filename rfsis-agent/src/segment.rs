@@ -35,6 +35,8 @@ pub struct Segment<'a> {
     pub rst: bool,
     /// Of a copy: the original, a SYN-ACK, is held until the standby knows the flow.
     pub held: bool,
+    /// Of such a copy: the program has told the active's kernel that it is here.
+    pub answered: bool,
     /// Window field, unscaled.
     pub window: u16,
     /// Options.
@@ -125,6 +127,7 @@ fn read<'a>(
         fin: tcp.fin(),
         rst: tcp.rst(),
         held: !tcp.urg() && tcp.urgent_at() == HELD_URGENT,
+        answered: false,
         window: tcp.window_len(),
         options: parse_options(tcp.options()),
         payload: tcp.payload(),

@@ -305,11 +305,13 @@ pub enum AckGateVerdict {
     /// A SYN or SYN-ACK that found the ring `OPENINGS` full. The SYN-ACK is dropped; the kernel sends
     /// another.
     OpeningLost = 7,
+    /// No packet of the kernel's: an answer of the standby's kernel, upon which a SYN-ACK leaves that was held.
+    Agreed = 8,
 }
 
 impl AckGateVerdict {
     /// All, in the order of their numbers.
-    pub const ALL: [AckGateVerdict; 8] = [
+    pub const ALL: [AckGateVerdict; 9] = [
         AckGateVerdict::Passed,
         AckGateVerdict::Lowered,
         AckGateVerdict::Held,
@@ -318,6 +320,7 @@ impl AckGateVerdict {
         AckGateVerdict::Unguarded,
         AckGateVerdict::Open,
         AckGateVerdict::OpeningLost,
+        AckGateVerdict::Agreed,
     ];
 
     /// Value of the metrics label `verdict`.
@@ -331,6 +334,7 @@ impl AckGateVerdict {
             AckGateVerdict::Unguarded => "unguarded",
             AckGateVerdict::Open => "open",
             AckGateVerdict::OpeningLost => "opening_lost",
+            AckGateVerdict::Agreed => "agreed",
         }
     }
 }
@@ -600,6 +604,10 @@ pub enum OpeningKind {
     Held = 1,
     /// A SYN-ACK that left, because the gate is open.
     Passed = 2,
+    /// As `Held`; the program lets it go when the standby's answers it ([`crate::agree`]).
+    Kept = 3,
+    /// It has done so.
+    Agreed = 4,
 }
 
 impl OpeningKind {
@@ -609,12 +617,28 @@ impl OpeningKind {
             0 => Some(OpeningKind::Syn),
             1 => Some(OpeningKind::Held),
             2 => Some(OpeningKind::Passed),
+            3 => Some(OpeningKind::Kept),
+            4 => Some(OpeningKind::Agreed),
             _ => None,
         }
     }
 }
 
-/// An entry of the ring `OPENINGS`: a SYN that came in, or a SYN-ACK.
+/// How the program guards a flow on which the kernels have agreed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Agreed {
+    /// The slot that it has taken.
+    pub slot: u32,
+    /// Initial sequence number of the client.
+    pub client_isn: u32,
+    /// Window shift of the active.
+    pub shift: u32,
+    /// 1; 0 where there was no room in `GUARDED`.
+    pub guarded: u32,
+}
+
+/// An entry of the ring `OPENINGS`: a SYN that came in, or a SYN-ACK, or what became of one.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct OpeningEvent {
@@ -626,7 +650,7 @@ pub struct OpeningEvent {
     pub len: u32,
     /// [`OpeningKind`] as a number.
     pub kind: u32,
-    /// IPv4 and TCP headers.
+    /// IPv4 and TCP headers; of [`OpeningKind::Agreed`] an [`Agreed`].
     pub packet: [u8; OPENING_CAPTURE],
 }
 
@@ -642,6 +666,17 @@ impl OpeningEvent {
             packet: *rest.first_chunk()?,
         };
         (event.len as usize <= OPENING_CAPTURE).then_some(event)
+    }
+
+    /// What an event of kind [`OpeningKind::Agreed`] says.
+    pub fn agreed(&self) -> Option<Agreed> {
+        let packet = self.packet();
+        Some(Agreed {
+            slot: u32_at(packet, 0)?,
+            client_isn: u32_at(packet, 4)?,
+            shift: u32_at(packet, 8)?,
+            guarded: u32_at(packet, 12)?,
+        })
     }
 
     /// The valid bytes of the packet, from its IPv4 header on.

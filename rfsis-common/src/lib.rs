@@ -9,6 +9,7 @@
 #![no_std]
 
 pub mod ack_gate;
+pub mod agree;
 pub mod frame;
 pub mod heartbeat;
 pub mod maps;

@@ -159,7 +159,15 @@ pub struct FrameHeader {
     /// flows are mirrored.
     pub state: u16,
     /// Bytes from the start of the frame to the layer-3 header (14, or more behind a VLAN tag 0).
-    pub l3_offset: u32,
+    pub l3_offset: u16,
+    /// `frame_flags`.
+    pub flags: u16,
+}
+
+/// Bits of [`FrameHeader::flags`].
+pub mod frame_flags {
+    /// The copy of a SYN-ACK that the ACK gate holds, and the program has told the active's that it is here.
+    pub const ANSWERED: u16 = 1;
 }
 
 /// Bytes of [`FrameHeader`].
@@ -176,7 +184,8 @@ impl FrameHeader {
             ifindex: u32_at(header, 12)?,
             direction: u16_at(header, 16)?,
             state: u16_at(header, 18)?,
-            l3_offset: u32_at(header, 20)?,
+            l3_offset: u16_at(header, 20)?,
+            flags: u16_at(header, 22)?,
         };
         Some((header, rest.get(..header.len as usize)?))
     }
@@ -333,6 +342,16 @@ pub mod names {
     pub const PROMPT_SEEN: &str = "PROMPT_SEEN";
     /// `Array` of [`crate::prompt::Hop`], by slot.
     pub const HOPS: &str = "HOPS";
+    /// `Array<AgreePeer>` ([`crate::agree::AgreePeer`]), one entry.
+    pub const AGREE: &str = "AGREE";
+    /// `Array<u64>`, one entry: until when the standby's program may answer for its agent, ns.
+    pub const PROMISE: &str = "PROMISE";
+    /// `LruHashMap<FlowKey, NotedSyn>` ([`crate::agree::NotedSyn`]).
+    pub const SYNS: &str = "SYNS";
+    /// `HashMap<FlowKey, Pending>` ([`crate::agree::Pending`]).
+    pub const PENDING: &str = "PENDING";
+    /// `Queue<u32>`: slots for flows on which the kernels agree.
+    pub const SPARE_SLOTS: &str = "SPARE_SLOTS";
     /// `RingBuf` of [`crate::ack_gate::OpeningEvent`].
     pub const OPENINGS: &str = "OPENINGS";
     /// `PerCpuArray<u64>` indexed by [`crate::ack_gate::AckGateVerdict`].
@@ -418,7 +437,7 @@ mod tests {
     fn no_layout_has_hidden_padding() {
         assert_eq!(size_of::<NodeState>(), 16);
         assert_eq!(size_of::<FlowKey>(), 8);
-        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 2 + 2 * 2 + 4);
+        assert_eq!(size_of::<FrameHeader>(), 8 + 4 * 2 + 2 * 4);
         assert_eq!(size_of::<HeartbeatEvent>(), 8 + 4 + 4 + HEARTBEAT_CAPTURE);
         assert_eq!(size_of::<HeldEvent>(), 8 + 8 + 4 * 4);
         assert_eq!(size_of::<Guarded>(), 4 * 3);

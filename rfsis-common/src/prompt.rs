@@ -281,8 +281,9 @@ pub const ACK_LEN_BARE: usize = 14 + 20 + 20;
 /// The frame of a released ACK, in big-endian words of 32 bits from the IPv4 header on.
 pub type AckWords = [u32; (ACK_LEN - 14) / 4];
 
+/// A checksum of the Internet (RFC 1071) of which `sum` is the sum of words of 32 bits.
 #[inline(always)]
-const fn folded(sum: u64) -> u32 {
+pub(crate) const fn folded(sum: u64) -> u32 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
     let sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
     let sum = (sum & 0xffff) + (sum >> 16);

@@ -130,8 +130,21 @@ pub enum Wake {
 
 /// Frames longer than this are long, bytes: a client that sends much waits for its window.
 pub const LONG_FRAME: u32 = 512;
-/// A long one does not wait longer than this, ns: nor does it wake a reader that looks sooner by itself.
-pub const LONG_FRAME_WAIT: u64 = 60_000;
+/// Frames longer than this have data; those of a handshake, with the options that Linux sends, have not.
+pub const BARE_FRAME: u32 = 74;
+
+/// How long a frame of so many bytes may wait for a reader that rests, ns. For a confirmation of data a client may
+/// wait, for that of a bare frame nobody does.
+#[inline(always)]
+pub const fn patience(len: u32) -> u64 {
+    if len > LONG_FRAME {
+        60_000
+    } else if len > BARE_FRAME {
+        200_000
+    } else {
+        1_000_000
+    }
+}
 
 /// Decides for a copy of `len` bytes, of a SYN-ACK that is `held` or of something else; `rest_until` as the
 /// reader wrote it last. All times in ns.
@@ -143,7 +156,7 @@ pub const fn wake_decide(len: u32, held: bool, now_ns: u64, rest_until: u64) -> 
     if now_ns >= rest_until {
         return Wake::WhenCaughtUp;
     }
-    let is_late = len > LONG_FRAME && rest_until - now_ns > LONG_FRAME_WAIT;
+    let is_late = len > BARE_FRAME && rest_until - now_ns > patience(len);
     if held || is_late {
         Wake::Now
     } else {
@@ -271,18 +284,20 @@ mod tests {
     };
 
     #[test]
-    fn a_rest_is_ended_by_a_held_syn_ack_and_by_a_long_frame_that_would_wait_long() {
+    fn a_rest_is_ended_by_a_held_syn_ack_and_by_what_would_wait_longer_than_it_may() {
         const NOW: u64 = 1000;
-        let (small, long) = (LONG_FRAME, LONG_FRAME + 1);
-        let (short_rest, long_rest) = (NOW + LONG_FRAME_WAIT, NOW + LONG_FRAME_WAIT + 1);
+        let (long, small, bare) = (LONG_FRAME + 1, LONG_FRAME, BARE_FRAME);
         for (len, held, until, expected) in [
-            (small, false, 0, Wake::WhenCaughtUp),
+            (bare, false, 0, Wake::WhenCaughtUp),
             (long, true, NOW, Wake::WhenCaughtUp),
-            (small, false, NOW + 1, Wake::Later),
-            (small, true, NOW + 1, Wake::Now),
-            (small, false, u64::MAX, Wake::Later),
-            (long, false, short_rest, Wake::Later),
-            (long, false, long_rest, Wake::Now),
+            (bare, false, NOW + 1, Wake::Later),
+            (bare, true, NOW + 1, Wake::Now),
+            (bare, false, u64::MAX, Wake::Later),
+            (small, false, NOW + 200_000, Wake::Later),
+            (small, false, NOW + 200_001, Wake::Now),
+            (bare + 1, false, NOW + 200_001, Wake::Now),
+            (long, false, NOW + 60_000, Wake::Later),
+            (long, false, NOW + 60_001, Wake::Now),
         ] {
             let found = wake_decide(len, held, NOW, until);
             assert_eq!(found, expected, "{len} bytes, held {held}, until {until}");

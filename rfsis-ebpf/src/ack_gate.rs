@@ -23,11 +23,11 @@ use rfsis_common::options::{TcpOptions, tcp_options};
 use rfsis_common::verdict::is_syn_ack;
 
 use crate::maps::{
-    GUARDED, OPENINGS, SERVICE_PORTS, confirmation, count_ack_gate, guarded, has_ack_gate,
+    GUARDED, OPENINGS, PENDING, SERVICE_PORTS, confirmation, count_ack_gate, guarded, has_ack_gate,
     is_guarding, mirror_ifindex, mirror_peer, sent, worth_logging,
 };
 use crate::skb::{SkbFrame, mark};
-use crate::{atomic, prompt};
+use crate::{agree, atomic, prompt};
 
 /// Offsets in a TCP header (RFC 9293 section 3.1).
 const ACK_OFFSET: usize = 8;
@@ -64,8 +64,13 @@ pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
     let Some(tcp) = frame.tcp() else {
         return;
     };
-    if is_opening(tcp) && is_service(tcp) && !report(ctx, frame, tcp, OpeningKind::Syn, now_ns) {
+    if !is_opening(tcp) || !is_service(tcp) {
+        return;
+    }
+    if !report(ctx, frame, tcp, OpeningKind::Syn, now_ns) {
         count(ctx, AckGateVerdict::OpeningLost);
+    } else if is_guarding() {
+        agree::note_syn(ctx, tcp, false);
     }
 }
 
@@ -183,7 +188,17 @@ fn open(
         let _ = GUARDED.remove(tcp.flow);
     }
     match verdict {
-        AckGateVerdict::Opening if !report(ctx, frame, tcp, OpeningKind::Held, now_ns) => {
+        AckGateVerdict::Opening => {
+            let kind = if agree::keep(ctx, frame, tcp) {
+                OpeningKind::Kept
+            } else {
+                OpeningKind::Held
+            };
+            if report(ctx, frame, tcp, kind, now_ns) {
+                return AckGateVerdict::Opening;
+            }
+            // The agent must hear of it before the kernels agree.
+            let _ = PENDING.remove(tcp.flow);
             AckGateVerdict::OpeningLost
         }
         AckGateVerdict::Open => {
@@ -238,8 +253,10 @@ fn wake(kind: OpeningKind) -> u64 {
     let is_copied = || mirror_ifindex() != 0 && !mirror_peer().is_nobody();
     match kind {
         OpeningKind::Syn => u64::from(BPF_RB_NO_WAKEUP),
-        OpeningKind::Held if is_copied() => u64::from(BPF_RB_NO_WAKEUP),
-        OpeningKind::Held | OpeningKind::Passed => u64::from(BPF_RB_FORCE_WAKEUP),
+        OpeningKind::Held | OpeningKind::Kept if is_copied() => u64::from(BPF_RB_NO_WAKEUP),
+        OpeningKind::Held | OpeningKind::Kept | OpeningKind::Passed | OpeningKind::Agreed => {
+            u64::from(BPF_RB_FORCE_WAKEUP)
+        }
     }
 }
 

@@ -6,10 +6,12 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_ns,
 };
 use aya_log_ebpf::warn;
-use rfsis_common::frame::{Classified, Frame};
+use rfsis_common::ack_gate::is_opening;
+use rfsis_common::agree::Answer;
+use rfsis_common::frame::{Classified, Frame, TcpPart};
 use rfsis_common::maps::{
     Direction, FRAME_HEADER_LEN, FRAME_SLOTS, FrameHeader, HEARTBEAT_CAPTURE, HeartbeatEvent,
-    NodeState, State,
+    NodeState, State, frame_flags,
 };
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, is_syn_ack, wake_decide, xdp_decide};
@@ -35,6 +37,18 @@ pub trait Captured: Frame {
     /// # Safety
     /// `to` has room for them.
     unsafe fn copy(&self, offset: u32, to: *mut u8, len: u32) -> bool;
+
+    /// Notes a SYN that is in the ring.
+    fn note_syn(&self, _tcp: &TcpPart) {}
+
+    /// What the active's kernel may be told of the copy of a SYN-ACK that is held, once that is in the ring, too.
+    /// Nothing, where the hook cannot answer: then the agent does.
+    fn promise(&self, _tcp: &TcpPart, _now_ns: u64) -> Option<Answer> {
+        None
+    }
+
+    /// Tells it. The frame is no more.
+    fn tell(&self, _answer: &Answer) {}
 }
 
 /// Decides, copies and counts; `true` if the frame goes on to the kernel.
@@ -64,15 +78,35 @@ pub fn capture(frame: &impl Captured, class: &Classified) -> bool {
 /// Copies a frame to the ring; where that fails, says which flow lost it.
 #[inline(always)]
 fn mirror(frame: &impl Captured, class: &Classified, node: &NodeState) {
-    let header = FrameHeader {
+    let mut header = FrameHeader {
         arrival_ns: now_ns(),
         len: frame.frame_len() as u32,
         ifindex: frame.ifindex(),
         direction: class.direction as u16,
         state: node.state() as u16,
-        l3_offset: class.l3_offset as u32,
+        l3_offset: class.l3_offset as u16,
+        flags: 0,
     };
-    if copy_to_ring(frame, &header, is_held(frame, class)) {
+    let is_held = is_held(frame, class);
+    let is_standby = matches!(node.state(), State::Standby);
+    let answer = match class.tcp() {
+        Some(tcp) if is_held && is_standby => frame.promise(tcp, header.arrival_ns),
+        _ => None,
+    };
+    if answer.is_some() {
+        header.flags |= frame_flags::ANSWERED;
+    }
+    // Who waits for an answer that is about to be given needs no agent.
+    if copy_to_ring(frame, &header, is_held && answer.is_none()) {
+        if let Some(answer) = answer {
+            frame.tell(&answer);
+        } else if let Some(tcp) = class.tcp()
+            && matches!(class.direction, Direction::ToVip)
+            && is_opening(tcp)
+            && is_standby
+        {
+            frame.note_syn(tcp);
+        }
         let count = count_xdp(XdpVerdict::Mirrored);
         if node.state >= State::ALL.len() as u64 && worth_logging(count) {
             warn!(

@@ -10,12 +10,13 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use rfsis_common::frame::{FrameClass, classify};
+use rfsis_common::agree::Answer;
+use rfsis_common::frame::{FrameClass, TcpPart, classify};
 
 use crate::capture::{Captured, capture};
 use crate::maps::vip;
 use crate::skb::{SkbFrame, is_tagged};
-use crate::{mirror, prompt};
+use crate::{agree, mirror, prompt};
 
 impl Captured for SkbFrame<'_> {
     type Context = TcContext;
@@ -36,6 +37,22 @@ impl Captured for SkbFrame<'_> {
         // SAFETY: the context is the one that the kernel gave, `to` has `len` bytes.
         unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), offset, to.cast(), len) == 0 }
     }
+
+    #[inline(always)]
+    fn note_syn(&self, tcp: &TcpPart) {
+        agree::note_syn(self.0, tcp, true);
+    }
+
+    #[inline(always)]
+    fn promise(&self, tcp: &TcpPart, now_ns: u64) -> Option<Answer> {
+        agree::promise(self.0, tcp, now_ns)
+    }
+
+    #[inline(always)]
+    fn tell(&self, answer: &Answer) {
+        // Not sent is as good as lost.
+        let _ = agree::tell(self.0, answer);
+    }
 }
 
 /// Filter on clsact ingress, before all others: what `rfsis_xdp` does, then what `rfsis_mirror` does.
@@ -46,7 +63,7 @@ pub fn rfsis_ingress(ctx: TcContext) -> i32 {
     if is_tagged(&ctx) {
         class.class = FrameClass::Tagged;
     }
-    if !capture(&frame, &class) || prompt::take(&ctx, &class) {
+    if !capture(&frame, &class) || prompt::take(&ctx, &class) || agree::take(&ctx, &class) {
         return TC_ACT_STOLEN;
     }
     // SAFETY: the helper takes nothing and cannot fail.

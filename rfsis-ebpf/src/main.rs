@@ -2,12 +2,14 @@
 //! decide (`rfsis_common::verdict`), act, count.
 //!
 //! Read [`xdp`] and [`ingress`] (the two hooks on ingress), [`capture`] (who sees a frame), [`gate`] (egress:
-//! who may speak), [`ack_gate`] (what a client is told) and [`mirror`] (what the active copies to the standby).
+//! who may speak), [`ack_gate`] (what a client is told), [`mirror`] (what the active copies to the standby), and what
+//! the two kernels say to each other: [`prompt`] (confirmations) and [`agree`] (openings).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
 mod ack_gate;
+mod agree;
 mod atomic;
 mod capture;
 mod gate;

@@ -1,12 +1,14 @@
 //! Maps and globals; their layouts and names are those of `rfsis_common::maps`.
 
+use crate::agree::Scratch;
 use crate::atomic;
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
+use rfsis_common::agree::{AgreePeer, NotedSyn, Pending, SPARE_SLOTS_MAX};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
 use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
 use rfsis_common::prompt::{Hop, MAX_LEN, PromptPeer, PromptRecord, PromptSeen, Prompted, Words};
@@ -107,9 +109,27 @@ static PROMPT_SEEN: Array<PromptSeen> = Array::with_max_entries(2, 0);
 #[map]
 static PROMPT_WORDS: PerCpuArray<Words> = PerCpuArray::with_max_entries(1, 0);
 
-/// More than 3,000 handshakes.
 #[map]
-pub static OPENINGS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+static AGREE: Array<AgreePeer> = Array::with_max_entries(1, 0);
+
+#[map]
+static PROMISE: Array<u64> = Array::with_max_entries(1, 0);
+
+#[map]
+pub static SYNS: LruHashMap<FlowKey, NotedSyn> = LruHashMap::with_max_entries(16_384, 0);
+
+#[map]
+pub static PENDING: HashMap<FlowKey, Pending> = HashMap::with_max_entries(4096, 0);
+
+#[map]
+pub static SPARE_SLOTS: Queue<u32> = Queue::with_max_entries(SPARE_SLOTS_MAX, 0);
+
+#[map]
+static AGREE_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// More than 9,000 handshakes.
+#[map]
+pub static OPENINGS: RingBuf = RingBuf::with_byte_size(4 * 1024 * 1024, 0);
 
 #[map]
 static XDP_COUNTERS: PerCpuArray<u64> =
@@ -287,6 +307,41 @@ pub fn prompt_seen(key: u32) -> Option<*mut PromptSeen> {
 pub fn prompt_words() -> Option<*mut Words> {
     const _: () = assert!(size_of::<Words>() == MAX_LEN);
     PROMPT_WORDS.get_ptr_mut(0)
+}
+
+/// Who takes part in agreements of the kernels, as the agent wrote it last.
+#[inline(always)]
+pub fn agree_peer() -> Option<*const AgreePeer> {
+    AGREE.get_ptr(0)
+}
+
+/// Until when the agent of a standby lets its program answer for it, ns.
+#[inline(always)]
+pub fn promise_until() -> u64 {
+    match PROMISE.get_ptr(0) {
+        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
+        // volatile, so that it is read once.
+        Some(until) => unsafe { core::ptr::read_volatile(until) },
+        None => 0,
+    }
+}
+
+/// Room for an agreement, this CPU's.
+#[inline(always)]
+pub fn agree_scratch() -> Option<*mut Scratch> {
+    AGREE_SCRATCH.get_ptr_mut(0)
+}
+
+/// Where the agent notes what the standby confirmed of the flow in a slot.
+#[inline(always)]
+pub fn confirmed(slot: u32) -> Option<*mut Confirmation> {
+    CONFIRMED.get_ptr_mut(slot)
+}
+
+/// Where it stands what the programs were told of it.
+#[inline(always)]
+pub fn prompted(slot: u32) -> Option<*mut Prompted> {
+    PROMPTED.get_ptr_mut(slot)
 }
 
 /// How segments of the flow in a slot leave.

@@ -33,14 +33,14 @@ use crate::maps::{
     mirror_peer, mirror_source, node_state, sent_next, vip, worth_logging,
 };
 use crate::skb::{SkbFrame, is_for_this_host, is_tagged};
-use crate::{ack_gate, prompt};
+use crate::{ack_gate, agree, prompt};
 
 /// Filter on clsact ingress behind XDP, with tap `mirror` or an ACK gate. It sees what XDP has passed,
 /// before anybody else.
 #[classifier]
 pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     let frame = classify(&SkbFrame(&ctx), vip());
-    if prompt::take(&ctx, &frame) {
+    if prompt::take(&ctx, &frame) || agree::take(&ctx, &frame) {
         return TC_ACT_STOLEN;
     }
     // SAFETY: the helper takes nothing and cannot fail.

@@ -6,8 +6,9 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::Pod;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
+use rfsis_common::agree::{AgreePeer, Pending};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
 use rfsis_common::mirror::MirrorVerdict;
 use rfsis_common::prompt::{Hop, PromptPeer, PromptSeen, Prompted};
@@ -20,8 +21,11 @@ const DRAIN_MAX: usize = 16_384;
 
 /// A second handle to a map.
 pub(super) fn duplicate(name: &'static str, map: &Map) -> Result<Map, BpfError> {
-    let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data)) =
-        map
+    let (Map::Array(data)
+    | Map::HashMap(data)
+    | Map::LruHashMap(data)
+    | Map::PerCpuArray(data)
+    | Map::Queue(data)) = map
     else {
         return Err(BpfError::NotFound { kind: "map", name });
     };
@@ -274,6 +278,34 @@ pub struct GuardMaps {
     hops: Shared<Array<MapData, Hop>>,
     prompt: Shared<Array<MapData, PromptPeer>>,
     prompt_seen: Shared<Array<MapData, PromptSeen>>,
+    agree: AgreeMaps,
+}
+
+/// What the agent and the programs tell each other of openings on which the kernels agree.
+#[derive(Clone)]
+pub(super) struct AgreeMaps {
+    peer: Shared<Array<MapData, AgreePeer>>,
+    promise: Shared<Array<MapData, u64>>,
+    pending: FlowMap<Pending>,
+    spare: Shared<Queue<MapData, u32>>,
+}
+
+impl AgreeMaps {
+    pub(super) fn new(peer: Map, promise: Map, pending: Map, spare: Map) -> Result<Self, BpfError> {
+        let spare = Queue::try_from(spare);
+        let spare = spare.map_err(|error| failed("opening", names::SPARE_SLOTS, &error))?;
+        Ok(Self {
+            peer: array(names::AGREE, peer)?,
+            promise: array(names::PROMISE, promise)?,
+            pending: flow_map(names::PENDING, pending)?,
+            spare: Shared::new(spare),
+        })
+    }
+}
+
+fn array<V: Pod>(name: &'static str, map: Map) -> Result<Shared<Array<MapData, V>>, BpfError> {
+    let map = Array::try_from(map).map_err(|error| failed("opening", name, &error))?;
+    Ok(Shared::new(map))
 }
 
 impl GuardMaps {
@@ -290,14 +322,8 @@ impl GuardMaps {
         hops: Map,
         prompt: Map,
         prompt_seen: Map,
+        agree: AgreeMaps,
     ) -> Result<Self, BpfError> {
-        fn array<V: Pod>(
-            name: &'static str,
-            map: Map,
-        ) -> Result<Shared<Array<MapData, V>>, BpfError> {
-            let map = Array::try_from(map).map_err(|error| failed("opening", name, &error))?;
-            Ok(Shared::new(map))
-        }
         Ok(Self {
             mode: array(names::GUARD, mode)?,
             flows: flow_map(names::GUARDED, flows)?,
@@ -307,6 +333,7 @@ impl GuardMaps {
             hops: array(names::HOPS, hops)?,
             prompt: array(names::PROMPT, prompt)?,
             prompt_seen: array(names::PROMPT_SEEN, prompt_seen)?,
+            agree,
         })
     }
 
@@ -389,6 +416,43 @@ impl GuardMaps {
         self.note_prompt(peer.seen, PromptSeen::default())?;
         let result = self.prompt.lock().set(0, peer, 0);
         result.map_err(|error| failed("writing", names::PROMPT, &error))
+    }
+
+    /// Tells the programs with whom they agree on openings.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn agree_with(&self, peer: AgreePeer) -> Result<(), BpfError> {
+        let result = self.agree.peer.lock().set(0, peer, 0);
+        result.map_err(|error| failed("writing", names::AGREE, &error))
+    }
+
+    /// Lets the program of a standby answer for its agent until then (ns, CLOCK_MONOTONIC).
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn promise(&self, until: u64) -> Result<(), BpfError> {
+        let result = self.agree.promise.lock().set(0, until, 0);
+        result.map_err(|error| failed("writing", names::PROMISE, &error))
+    }
+
+    /// Gives the programs a slot for a flow on which the kernels agree.
+    ///
+    /// # Errors
+    /// Where they have as many as they can have.
+    pub fn lend(&self, slot: u32) -> Result<(), BpfError> {
+        let result = self.agree.spare.lock().push(slot, 0);
+        result.map_err(|error| failed("pushing into", names::SPARE_SLOTS, &error))
+    }
+
+    /// The SYN-ACK of this flow that the programs keep, if they do.
+    pub fn kept(&self, flow: &FlowKey) -> Option<Pending> {
+        self.agree.pending.lock().get(flow, 0).ok()
+    }
+
+    /// Takes a SYN-ACK from the programs that they keep; `false` where they do not.
+    pub fn claim(&self, flow: &FlowKey) -> bool {
+        self.agree.pending.lock().remove(flow).is_ok()
     }
 
     /// What the kernel sent of the flow in a slot, and what the client was told. `None` where there is no

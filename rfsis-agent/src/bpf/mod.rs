@@ -40,7 +40,7 @@ pub use test_run::{Program, SkbContext};
 
 use error::os_error;
 use filter::FilterError;
-use maps::duplicate;
+use maps::{AgreeMaps, duplicate};
 
 /// The compiled programs; empty where the agent was built without them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rfsis-ebpf.o"));
@@ -69,8 +69,8 @@ pub struct LoadParams<'a> {
 /// What the ACK gate has room for.
 #[derive(Clone, Copy, Debug)]
 pub struct GuardParams {
-    /// Flows that may be guarded at once.
-    pub max_flows: u32,
+    /// Flows that may be guarded at once, and slots that are lent to the programs meanwhile.
+    pub slots: u32,
     /// Index of the VIP's interface.
     pub ifindex: u32,
 }
@@ -156,7 +156,7 @@ impl Programs {
         let (source, egress) = (MirrorPeer::at(source).word(), egress as u32);
         let ack_gate = u32::from(params.guard.is_some());
         let own_ifindex = params.guard.map_or(0, |guard| guard.ifindex);
-        let guarded = params.guard.map_or(1, |guard| guard.max_flows.max(1));
+        let guarded = params.guard.map_or(1, |guard| guard.slots.max(1));
         let mut ebpf = EbpfLoader::new()
             .override_global(names::VIP, &vip, true)
             .override_global(names::MIRROR_IFINDEX, &ifindex, true)
@@ -357,6 +357,12 @@ impl Programs {
             self.copy_of(names::HOPS)?,
             self.copy_of(names::PROMPT)?,
             self.copy_of(names::PROMPT_SEEN)?,
+            AgreeMaps::new(
+                self.copy_of(names::AGREE)?,
+                self.copy_of(names::PROMISE)?,
+                self.copy_of(names::PENDING)?,
+                self.copy_of(names::SPARE_SLOTS)?,
+            )?,
         )
     }
 

@@ -145,14 +145,52 @@ impl Flows {
         true
     }
 
+    /// Whether a connection is known as one that the active's gate guards.
+    pub(super) fn guards(&self, flow: FlowKey, client_isn: u32, active_isn: u32) -> bool {
+        if let Some(opening) = self.openings.get(&flow) {
+            let answer = opening.answer.map(|(isn, _)| isn);
+            return opening.guarded
+                && (opening.client_isn, answer) == (client_isn, Some(active_isn));
+        }
+        match self.flows.get(&flow) {
+            Some(Flow::Shadow(shadow)) => {
+                let handshake = shadow.handshake();
+                handshake.guarded
+                    && (handshake.client_isn, handshake.active_isn) == (client_isn, active_isn)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether more flows can be followed, also those that open before this is asked again.
+    pub fn has_room(&self) -> bool {
+        const SPARE: usize = 8;
+        const SPARE_LEAST: usize = 64;
+        let flows = self.flows.len() + self.openings.len();
+        let spare_flows = (self.config.max_flows / SPARE).max(SPARE_LEAST);
+        !self.live
+            && flows + spare_flows < self.config.max_flows
+            && self.openings.len() < MAX_OPENINGS - MAX_OPENINGS / SPARE
+            && self.bytes < self.config.max_bytes - self.config.max_bytes / SPARE
+    }
+
     /// The active is about to answer a client, and waits until this node knows what both agreed on.
     ///
     /// Returns whether the flow is known now; at a bound it is not.
     pub fn process_open(&mut self, open: &Open, now: Nanos, fx: &mut impl Effects) -> bool {
+        let known = self.follow(open, now, fx);
+        if let Some(known) = known {
+            self.tells.push(Record::Known(known));
+        }
+        known.is_some()
+    }
+
+    /// Follows a connection from its handshake on. Gives what is known of that; nothing at a bound.
+    fn follow(&mut self, open: &Open, now: Nanos, fx: &mut impl Effects) -> Option<Open> {
         let now = self.advance(now);
         let flow = open.flow;
         if self.live || !self.config.services.contains_key(&flow.service_port) {
-            return false;
+            return None;
         }
         match self.flows.get_mut(&flow) {
             Some(Flow::Shadow(shadow))
@@ -161,9 +199,8 @@ impl Flows {
             {
                 shadow.guard();
                 let known = shadow.handshake().open(flow);
-                self.tells.push(Record::Known(known));
                 self.note_touched(flow);
-                return true;
+                return Some(known);
             }
             _ => {}
         }
@@ -172,11 +209,11 @@ impl Flows {
                 || self.bytes >= self.config.max_bytes)
         {
             self.refused += 1;
-            return false;
+            return None;
         }
         if !fx.protect(flow) {
             self.refused += 1;
-            return false;
+            return None;
         }
         fx.warm(Ipv4Addr::from(flow.client_addr));
         let known = self.openings.get(&flow);
@@ -210,11 +247,10 @@ impl Flows {
         self.drop_arrival(&flow);
         self.drop_bytes_of(flow);
         self.flows.remove(&flow);
-        self.tells.push(Record::Known(*open));
         if acked == Some(open.active_isn.wrapping_add(1)) {
             self.process_client(flow, &opening.acknowledgement(open.active_isn), now, fx);
         }
-        true
+        Some(*open)
     }
 
     /// The active has told the client that everything before `ack` arrived, whether this node holds it
@@ -319,7 +355,10 @@ impl Flows {
         }
         if segment.held {
             let open = opening.open(flow, segment);
-            if !self.process_open(&open, now, fx) {
+            if segment.answered {
+                // The active knows by now, or hears that it is not so.
+                self.follow(&open, now, fx);
+            } else if !self.process_open(&open, now, fx) {
                 let client_isn = open.client_isn;
                 self.tells.push(Record::Refuse { flow, client_isn });
             }

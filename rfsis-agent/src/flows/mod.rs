@@ -269,21 +269,65 @@ impl Flows {
         now: Nanos,
         fx: &mut impl Effects,
     ) -> FrameResult {
-        let now = self.advance(now);
-        let (flow, segment) = match segment::parse(packet, direction) {
-            Ok(parsed) => parsed,
-            Err(error) => return error.into(),
+        match segment::parse(packet, direction) {
+            Ok((flow, segment)) => self.process(packet, direction, flow, &segment, now, fx),
+            Err(error) => error.into(),
+        }
+    }
+
+    /// The same of a SYN-ACK that the active's gate has held until this node's program has answered it.
+    pub fn process_answered(
+        &mut self,
+        packet: &[u8],
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> FrameResult {
+        let result = match segment::parse(packet, Direction::FromVip) {
+            Ok((flow, segment)) => {
+                let segment = Segment {
+                    answered: true,
+                    ..segment
+                };
+                self.process(packet, Direction::FromVip, flow, &segment, now, fx)
+            }
+            Err(error) => error.into(),
         };
+        self.disclaim(packet);
+        result
+    }
+
+    /// Says of a SYN-ACK which the program has answered that the connection is not followed, if it is not: the
+    /// active's gate takes it for guarded.
+    pub fn disclaim(&mut self, packet: &[u8]) {
+        let Ok((flow, segment)) = segment::parse_headers(packet, Direction::FromVip) else {
+            return;
+        };
+        let client_isn = segment.ack.unwrap_or(0).wrapping_sub(1);
+        if !self.live && !self.guards(flow, client_isn, segment.seq) {
+            self.tells.push(Record::Refuse { flow, client_isn });
+        }
+    }
+
+    fn process(
+        &mut self,
+        packet: &[u8],
+        direction: Direction,
+        flow: FlowKey,
+        segment: &Segment<'_>,
+        now: Nanos,
+        fx: &mut impl Effects,
+    ) -> FrameResult {
+        let now = self.advance(now);
         if !self.config.services.contains_key(&flow.service_port) {
             return FrameResult::Outside;
         }
         if !self.arrivals.is_empty() {
-            self.keep_frame(flow, packet, &segment, direction, now);
+            self.keep_frame(flow, packet, segment, direction, now);
         }
         let known = match direction {
-            Direction::ToVip => self.process_client(flow, &segment, now, fx),
+            Direction::ToVip => self.process_client(flow, segment, now, fx),
             Direction::FromVip if self.live => false,
-            Direction::FromVip => self.process_active(flow, &segment, now, fx),
+            Direction::FromVip => self.process_active(flow, segment, now, fx),
         };
         match (known, direction) {
             (false, _) => FrameResult::UnknownFlow,

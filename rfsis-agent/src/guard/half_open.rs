@@ -25,9 +25,11 @@ const REMEMBERED: usize = 4;
 pub(super) type Handshakes = VecDeque<(Nanos, FlowKey, u32)>;
 
 impl Guard {
-    /// A slot that no flow has, if need be that of a handshake.
+    /// A slot that no flow has, if need be that of a handshake. Those that are still to be lent to the gate are not
+    /// for the taking.
     pub(super) fn take_slot(&mut self, fx: &mut impl GuardEffects) -> Option<u32> {
-        if self.free.is_empty() {
+        let kept_back = self.to_lend();
+        if self.free.len() <= kept_back {
             let mut room = 0;
             while room < MADE_ROOM
                 && let Some((_, key, client_isn)) = self.handshakes.pop_front()
@@ -35,7 +37,11 @@ impl Guard {
                 room += usize::from(self.end_if_half_open(key, client_isn, fx));
             }
         }
-        self.free.pop_front()
+        if self.free.len() > kept_back {
+            self.free.pop_front()
+        } else {
+            None
+        }
     }
 
     pub(super) fn note_handshake(&mut self, open: &Open, now: Nanos, fx: &mut impl GuardEffects) {
@@ -77,7 +83,7 @@ impl Guard {
         client_isn: u32,
         fx: &mut impl GuardEffects,
     ) -> bool {
-        let ends = self.is(&key, client_isn) && self.is_half_open(key, fx);
+        let ends = self.is(&key, client_isn) && self.is_half_open(key, fx) && self.claim(key, fx);
         if ends {
             if self.is_opening(&key) {
                 self.refused += 1;
@@ -132,6 +138,18 @@ mod tests {
 
         fn withdraw(&mut self, flow: FlowKey) {
             self.published.remove(&flow);
+        }
+
+        fn lend(&mut self, _slot: u32) -> bool {
+            true
+        }
+
+        fn kept(&mut self, _flow: FlowKey) -> Option<rfsis_common::agree::Pending> {
+            None
+        }
+
+        fn claim(&mut self, _flow: FlowKey) -> bool {
+            false
         }
 
         fn confirm(&mut self, _slot: u32, _confirmation: Confirmation) -> bool {

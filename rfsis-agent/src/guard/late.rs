@@ -347,6 +347,18 @@ pub(super) mod tests {
             self.guarded.remove(&flow);
         }
 
+        fn lend(&mut self, _slot: u32) -> bool {
+            true
+        }
+
+        fn kept(&mut self, _flow: FlowKey) -> Option<rfsis_common::agree::Pending> {
+            None
+        }
+
+        fn claim(&mut self, _flow: FlowKey) -> bool {
+            false
+        }
+
         fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
             self.confirmed.insert(slot, confirmation);
             true

@@ -108,6 +108,9 @@ impl Guard {
         self.poll_late(now, fx);
         if now >= self.next_sweep {
             let more = self.sweep(now, fx) | self.sweep_handshakes(now, fx);
+            if self.guarding {
+                self.lend_slots(fx);
+            }
             let soon = more || self.guarding;
             self.next_sweep = now + if soon { SWEEP_PAUSE } else { SWEPT_PAUSE };
         }

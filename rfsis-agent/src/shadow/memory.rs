@@ -15,7 +15,7 @@ use super::BUFFER;
 const KEPT_USE: u64 = 4096;
 
 /// So many are kept at the most: 8 KiB each that count, 128 that do not.
-const KEPT_MOST: usize = 8192;
+const KEPT_MOST: usize = 16_384;
 
 thread_local! {
     /// What shadows of this thread have left behind.

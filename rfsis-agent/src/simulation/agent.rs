@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use rfsis_common::agree;
 use rfsis_common::maps::State as NodeKind;
 use rfsis_common::prompt::{self, PromptSeen};
 
@@ -30,6 +31,9 @@ const LOST_INTERVAL: Nanos = 50 * MS;
 
 /// Half of the prompt datagrams may wait so long, ns, to be taken while the agent is at work.
 const PROMPT_WAITS: Nanos = 100_000;
+
+/// For so long after the shadow thread ran its program may answer for it, ns.
+const PROMISE: Nanos = 200 * MS;
 
 /// Everything that both nodes are told by their config.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +80,8 @@ pub(crate) enum Note {
     WentLive(TakeoverReport, HashSet<FlowKey>),
     /// What the shadows held is forgotten.
     Forgot,
+    /// The kernels have agreed on an opening.
+    Agreed,
     /// A kernel has taken a live flow.
     Adopted(Numbers),
     /// A datagram that counted before counts again.
@@ -232,6 +238,13 @@ impl Machine {
             let until = now + if waits { PROMPT_WAITS } else { 0 };
             return self.kernel.maps.receive_prompt(until, datagram);
         }
+        if datagram.starts_with(&agree::MAGIC) {
+            let maps = &mut self.kernel.maps;
+            if maps.take_answer(&datagram, now) {
+                self.notes.push(Note::Agreed);
+                return self.flush(now);
+            }
+        }
         self.keep_datagram(datagram, now);
     }
 
@@ -385,6 +398,8 @@ impl Machine {
             agent.next_lost = now + LOST_INTERVAL;
             self.take_lost(&mut agent);
         }
+        let promises = agent.flows.has_room();
+        self.kernel.maps.agreement.promise = if promises { now + PROMISE } else { 0 };
         self.flush(now);
         self.agent = Some(agent);
     }
@@ -410,9 +425,12 @@ impl Machine {
         if direction == Direction::ToVip || !agent.flows.is_live() {
             self.world.show(&packet, direction);
         }
-        let result = agent
-            .flows
-            .process_frame(&packet, direction, frame.arrival, &mut self.world);
+        let (flows, world) = (&mut agent.flows, &mut self.world);
+        let result = if frame.answered {
+            flows.process_answered(&packet, frame.arrival, world)
+        } else {
+            flows.process_frame(&packet, direction, frame.arrival, world)
+        };
         let of_live_flow = frame.state == NodeKind::Active;
         if result == FrameResult::UnknownFlow
             && of_live_flow
@@ -518,6 +536,13 @@ impl Machine {
         take_openings(exchange, maps, now);
         while let Some(datagram) = agent.datagrams.pop_front() {
             let from = address(1 - self.index);
+            if datagram.starts_with(&agree::MAGIC) {
+                if let Ok(answer) = exchange.open_answer(&datagram, from) {
+                    take_openings(exchange, maps, now);
+                    exchange.process_answer(&answer, now, maps);
+                }
+                continue;
+            }
             if datagram.starts_with(&prompt::MAGIC) {
                 let Ok((confirms, seen)) = exchange.open_prompt(&datagram, from, maps.seen) else {
                     continue;
@@ -609,14 +634,20 @@ impl Machine {
 
 fn set_term(exchange: &mut Exchange, shown: Shown, maps: &mut Maps, now: Nanos) {
     let peer = exchange.set_term(shown.peer_session, shown.epoch, now, maps);
-    if let Some(peer) = peer {
-        (maps.prompt_peer, maps.seen) = (peer, PromptSeen::default());
+    if let Some((prompt, agree)) = peer {
+        (maps.prompt_peer, maps.seen) = (prompt, PromptSeen::default());
+        maps.agreement.peer = agree;
+        take_openings(exchange, maps, now);
     }
 }
 
 fn take_openings(exchange: &mut Exchange, maps: &mut Maps, now: Nanos) {
-    while let Some((kind, packet)) = maps.openings.pop_front() {
-        exchange.guard.process_opening(&packet, kind, now, maps);
+    while let Some(opening) = maps.openings.pop_front() {
+        let guard = &mut exchange.guard;
+        match opening {
+            Opening::Packet(kind, packet) => guard.process_opening(&packet, kind, now, maps),
+            Opening::Agreed(flow, agreed, at) => guard.process_agreed(flow, agreed, at, maps),
+        }
     }
 }
 

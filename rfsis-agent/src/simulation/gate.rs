@@ -4,13 +4,14 @@ use rfsis_common::ack_gate::{
     AckGateVerdict, AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide,
     note_open, note_release, release, syn_ack_decide,
 };
+use rfsis_common::agree::Pending;
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::prompt::{PromptPeer, PromptSeen, Prompted, acknowledgement};
 
 use super::*;
 use crate::fault::faulty;
-use crate::guard::{Guard, GuardConfig, GuardEffects};
+use crate::guard::{Guard, GuardConfig, GuardEffects, slots};
 use crate::segment::{self, Options};
 use crate::sync::{Confirm, Snapshot, prompt};
 
@@ -20,6 +21,8 @@ pub(crate) const SLOTS: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Maps {
     pub(crate) guarding: bool,
+    /// Somebody gets copies.
+    pub(crate) copied: bool,
     pub(crate) guarded: HashMap<FlowKey, Guarded>,
     pub(crate) confirmed: Vec<Confirmation>,
     pub(crate) prompted: Vec<Prompted>,
@@ -40,7 +43,9 @@ pub(crate) struct Maps {
     /// Flows of which a snapshot is asked for.
     pub(crate) wanted: Vec<(FlowKey, u32)>,
     /// What the ring `OPENINGS` holds.
-    pub(crate) openings: VecDeque<(OpeningKind, Vec<u8>)>,
+    pub(crate) openings: VecDeque<Opening>,
+    /// Openings on which the kernels agree.
+    pub(crate) agreement: Agreement,
     /// How often each verdict was given.
     pub(crate) verdicts: [usize; AckGateVerdict::ALL.len()],
 }
@@ -49,20 +54,22 @@ impl Default for Maps {
     fn default() -> Self {
         Self {
             guarding: false,
+            copied: false,
             guarded: HashMap::default(),
-            confirmed: vec![Confirmation::default(); SLOTS],
-            prompted: vec![Prompted::default(); SLOTS],
+            confirmed: vec![Confirmation::default(); slots(SLOTS)],
+            prompted: vec![Prompted::default(); slots(SLOTS)],
             prompted_at: 0,
             prompt_peer: PromptPeer::default(),
             seen: PromptSeen::default(),
             incoming: VecDeque::new(),
             left: vec![],
-            sent: vec![Sent::default(); SLOTS],
+            sent: vec![Sent::default(); slots(SLOTS)],
             now: 0,
             closed: false,
             released: vec![],
             wanted: vec![],
             openings: VecDeque::new(),
+            agreement: Agreement::default(),
             verdicts: [0; AckGateVerdict::ALL.len()],
         }
     }
@@ -86,6 +93,19 @@ impl GuardEffects for Maps {
 
     fn withdraw(&mut self, flow: FlowKey) {
         self.guarded.remove(&flow);
+    }
+
+    fn lend(&mut self, slot: u32) -> bool {
+        self.agreement.spare.push_back(slot);
+        true
+    }
+
+    fn kept(&mut self, flow: FlowKey) -> Option<Pending> {
+        self.agreement.pending.get(&flow).copied()
+    }
+
+    fn claim(&mut self, flow: FlowKey) -> bool {
+        self.agreement.pending.remove(&flow).is_some()
     }
 
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
@@ -279,12 +299,18 @@ impl Maps {
         }
         match verdict {
             AckGateVerdict::Opening => {
-                self.openings.push_back((OpeningKind::Held, packet.clone()));
+                let kind = if self.copied && self.agreement.keep(&packet) {
+                    OpeningKind::Kept
+                } else {
+                    OpeningKind::Held
+                };
+                self.openings
+                    .push_back(Opening::Packet(kind, packet.clone()));
                 (verdict, faulty!(ReleaseUnknown).then_some(packet))
             }
             AckGateVerdict::Open => {
                 self.openings
-                    .push_back((OpeningKind::Passed, packet.clone()));
+                    .push_back(Opening::Packet(OpeningKind::Passed, packet.clone()));
                 (verdict, Some(packet))
             }
             _ => (verdict, Some(packet)),

@@ -38,6 +38,8 @@ pub(crate) struct Mirrored {
     /// By the peer's hardware address.
     pub(crate) from_peer: bool,
     pub(crate) packet: Vec<u8>,
+    /// The program has answered it.
+    pub(crate) answered: bool,
 }
 
 /// How the two are connected, and what is protected: the same on both machines.
@@ -157,8 +159,11 @@ impl Kernel {
                 world.approved.remove(&tcp.flow);
             }
             if self.setup.sync && self.has_agent {
-                let opening = (OpeningKind::Syn, packet.to_vec());
+                let opening = Opening::Packet(OpeningKind::Syn, packet.to_vec());
                 self.maps.openings.push_back(opening);
+                if self.maps.guarding {
+                    self.maps.agreement.note_syn(packet, false);
+                }
             }
         }
         self.offer(&frame, packet, now);
@@ -174,16 +179,44 @@ impl Kernel {
         now: Nanos,
     ) {
         if self.ring.len() < RING {
-            self.ring.push_back(Mirrored {
-                arrival: now,
-                direction,
-                state,
-                from_peer,
-                packet: packet.to_vec(),
-            });
+            let answer = self.agree(packet, direction, state, now);
+            if answer.is_none() || !faulty!(AnswerLost) {
+                self.ring.push_back(Mirrored {
+                    arrival: now,
+                    direction,
+                    state,
+                    from_peer,
+                    packet: packet.to_vec(),
+                    answered: answer.is_some(),
+                });
+            }
+            self.out.extend(answer.map(Out::Datagram));
         } else if let Ok((flow, _)) = parse(packet, direction) {
             self.lost.push((flow, now));
         }
+    }
+
+    /// What the standby's program notes of a handshake that goes into the ring, and what it answers.
+    fn agree(
+        &mut self,
+        packet: &[u8],
+        direction: Direction,
+        state: NodeKind,
+        now: Nanos,
+    ) -> Option<Vec<u8>> {
+        if state != NodeKind::Standby {
+            return None;
+        }
+        let frame = classified(packet);
+        let tcp = frame.tcp()?;
+        match direction {
+            Direction::ToVip if is_opening(tcp) => self.maps.agreement.note_syn(packet, true),
+            Direction::FromVip if is_syn_ack(tcp) => {
+                return self.maps.agreement.answer(packet, now);
+            }
+            _ => {}
+        }
+        None
     }
 
     /// TCP gets a segment.
@@ -436,6 +469,7 @@ impl Kernel {
             return;
         }
         self.maps.now = now;
+        self.maps.copied = self.setup.mirror && !self.peer.is_nobody();
         let (verdict, left) = self.maps.judge(packet.clone());
         match (verdict, left) {
             (AckGateVerdict::Opening, left) => {

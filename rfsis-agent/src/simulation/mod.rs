@@ -44,6 +44,7 @@ use crate::wire::{bare_repr, emit_packet, instant};
 
 mod adopted;
 mod agent;
+mod agree;
 mod app;
 mod cluster;
 mod gate;
@@ -60,6 +61,7 @@ mod world;
 
 pub(crate) use adopted::*;
 pub(crate) use agent::*;
+pub(crate) use agree::*;
 pub(crate) use app::*;
 pub(crate) use cluster::*;
 pub(crate) use gate::*;

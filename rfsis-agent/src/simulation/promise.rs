@@ -45,6 +45,8 @@ pub struct Tally {
     pub again: u64,
     /// Flows that were adopted by a kernel.
     pub adopted: u64,
+    /// Openings on which the kernels agreed by themselves.
+    pub agreed: u64,
     /// Flows that were called unprotected when their active failed, by reason.
     pub exempt: BTreeMap<Exempt, u64>,
     /// Of these, those that were lost.
@@ -66,6 +68,7 @@ impl Tally {
             (&mut self.survived, other.survived),
             (&mut self.again, other.again),
             (&mut self.adopted, other.adopted),
+            (&mut self.agreed, other.agreed),
             (&mut self.lost, other.lost),
             (&mut self.replayed, other.replayed),
             (&mut self.events, other.events),
@@ -82,8 +85,8 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} runs, {} steps: {} connections, {} came to their end",
-            self.runs, self.events, self.connections, self.ended
+            "{} runs, {} steps: {} connections, {} opened by the kernels alone, {} came to their end",
+            self.runs, self.events, self.connections, self.agreed, self.ended
         )?;
         writeln!(
             f,

@@ -16,6 +16,7 @@ fn many_seeds_hold_and_the_runs_are_not_empty() {
         tally.add(&holds(seed));
     }
     assert!(tally.survived > 50, "{tally}");
+    assert!(tally.agreed > 50, "{tally}");
     assert!(tally.again > 0 || tally.adopted > 5, "{tally}");
     assert!(tally.exempt.len() > 2 && tally.lost > 0, "{tally}");
     assert!(tally.ended * 10 > tally.connections * 8, "{tally}");

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use rfsis_common::ack_gate::Confirmation;
+use rfsis_common::agree::{ANSWER_LEN, AgreePeer, Answer, AnswerWords};
 use rfsis_common::prompt::{
     HEADER_LEN, MAGIC, MAX_LEN, MAX_RECORDS, PromptPeer, PromptRecord, PromptSeen, RECORD_LEN,
     SipHash, TAG_LEN, VERSION, len_of,
@@ -11,8 +12,9 @@ use rfsis_common::prompt::{
 use super::{Confirm, Sack, SyncError};
 use crate::auth::{ClusterKey, cluster_id};
 
-/// What the keys are derived for.
-const PURPOSE: &str = "rfsis prompt 1";
+/// What the keys are derived for: confirmations, and openings on which the kernels agree.
+const PROMPT: &str = "rfsis prompt 1";
+const AGREE: &str = "rfsis agree 1";
 
 /// Two nodes in their present sessions and epoch: what a key is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,7 @@ pub struct Prompts {
     term: Option<Term>,
     sending: [u64; 2],
     receiving: PromptPeer,
+    agreeing: AgreePeer,
     /// Of the last datagram sealed.
     sequence: u64,
     /// Number of the element in which the programs note what came to them.
@@ -46,7 +49,7 @@ impl Prompts {
     /// From the node at `node` to the one at `peer`, both at UDP port `port`.
     pub fn new(key: &[u8], cluster: &str, node: Ipv4Addr, peer: Ipv4Addr, port: u16) -> Self {
         Self {
-            key: ClusterKey::new(key).derive(PURPOSE),
+            key: ClusterKey::new(key),
             cluster_id: cluster_id(cluster),
             node,
             peer,
@@ -54,14 +57,15 @@ impl Prompts {
             term: None,
             sending: [0; 2],
             receiving: PromptPeer::default(),
+            agreeing: AgreePeer::default(),
             sequence: 0,
             seen_by_programs: 0,
         }
     }
 
-    /// The nodes are in another term than before, or in none. Gives from whom the kernel is to take datagrams,
-    /// if that has changed.
-    pub fn set_term(&mut self, term: Option<Term>) -> Option<PromptPeer> {
+    /// The nodes are in another term than before, or in none. Gives from whom the kernel is to take datagrams, and
+    /// with whom it may agree on openings, if that has changed.
+    pub fn set_term(&mut self, term: Option<Term>) -> Option<(PromptPeer, AgreePeer)> {
         if term == self.term {
             return None;
         }
@@ -69,18 +73,37 @@ impl Prompts {
         self.sequence = 0;
         self.seen_by_programs ^= 1;
         self.receiving = PromptPeer::nobody(self.seen_by_programs);
+        self.agreeing = AgreePeer::default();
         if let Some(term) = term {
             let (own, peer) = (term.own_session, term.peer_session);
-            self.sending = self.derive(self.node, own, peer, term.epoch);
-            self.receiving = PromptPeer {
-                key: self.derive(self.peer, peer, own, term.epoch),
-                peer: self.peer.into(),
-                node: self.node.into(),
-                port: self.port.into(),
+            let own_key = |purpose| self.derive(purpose, self.node, own, peer, term.epoch);
+            let peers_key = |purpose| self.derive(purpose, self.peer, peer, own, term.epoch);
+            let [peer, node] = [self.peer, self.node].map(u32::from);
+            let port = self.port.into();
+            let receiving = PromptPeer {
+                key: peers_key(PROMPT),
+                peer,
+                node,
+                port,
                 ..self.receiving
             };
+            let agreeing = AgreePeer {
+                taking: peers_key(AGREE),
+                giving: own_key(AGREE),
+                peer,
+                node,
+                port,
+                reserved: 0,
+            };
+            self.sending = own_key(PROMPT);
+            (self.receiving, self.agreeing) = (receiving, agreeing);
         }
-        Some(self.receiving)
+        Some((self.receiving, self.agreeing))
+    }
+
+    /// With whom the kernel may agree on openings.
+    pub fn agreeing(&self) -> AgreePeer {
+        self.agreeing
     }
 
     /// The epoch of the term.
@@ -89,14 +112,21 @@ impl Prompts {
     }
 
     /// The key under which `sender` speaks.
-    fn derive(&self, sender: Ipv4Addr, session: u64, other: u64, epoch: u64) -> [u64; 2] {
+    fn derive(
+        &self,
+        purpose: &str,
+        sender: Ipv4Addr,
+        session: u64,
+        other: u64,
+        epoch: u64,
+    ) -> [u64; 2] {
         let mut term = Vec::with_capacity(36);
         term.extend(self.cluster_id);
         term.extend(sender.octets());
         for number in [session, other, epoch] {
             term.extend(number.to_be_bytes());
         }
-        let [a, b, c, d, e, f, g, h, rest @ ..] = self.key.tag(&term);
+        let [a, b, c, d, e, f, g, h, rest @ ..] = self.key.derive(purpose).tag(&term);
         [
             u64::from_le_bytes([a, b, c, d, e, f, g, h]),
             u64::from_le_bytes(rest),
@@ -138,6 +168,28 @@ impl Prompts {
 }
 
 impl Prompts {
+    /// Judges an answer to an opening that the programs have left to the agent. It came from the address `from`.
+    ///
+    /// # Errors
+    /// The first of the checks that fails. Such a datagram is to be counted and has no other effect.
+    pub fn open_answer(&self, datagram: &[u8], from: Ipv4Addr) -> Result<Answer, SyncError> {
+        let Ok(bytes) = <&[u8; ANSWER_LEN]>::try_from(datagram) else {
+            return Err(SyncError::Malformed { field: "length" });
+        };
+        let mut words = AnswerWords::default();
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_ne_bytes(*bytes);
+        }
+        let answer = Answer::open(&words, self.agreeing.taking);
+        // All zeros is nobody, whose key anybody knows.
+        let answer = answer.filter(|_| self.agreeing != AgreePeer::default());
+        let answer = answer.ok_or(SyncError::BadMac)?;
+        if from != self.peer {
+            return Err(SyncError::UnknownNode { found: from });
+        }
+        Ok(answer)
+    }
+
     /// Judges what the programs have left to the agent, or have not got: see [`open`].
     ///
     /// # Errors
@@ -365,12 +417,18 @@ mod tests {
     fn a_new_term_begins_anew_in_the_other_element() {
         let mut active = b();
         let term = of_b(Term { epoch: 8, ..TERM });
-        let first = active.set_term(Some(term)).unwrap();
+        let (first, agreeing) = active.set_term(Some(term)).unwrap();
         assert_eq!(active.set_term(Some(term)), None, "as before");
-        let second = active.set_term(Some(of_b(TERM))).unwrap();
+        let (second, agreed) = active.set_term(Some(of_b(TERM))).unwrap();
+        assert_ne!(
+            (agreeing.giving, agreeing.taking),
+            (agreed.giving, agreed.taking)
+        );
+        assert_ne!(agreed.taking, second.key);
         assert_eq!(first.seen ^ second.seen, 1);
         assert_ne!(first.key, second.key);
-        let nobody = active.set_term(None).unwrap();
+        let (nobody, none) = active.set_term(None).unwrap();
+        assert_eq!(none, AgreePeer::default());
         assert_eq!((nobody.key, nobody.port, nobody.peer), ([0; 2], 0, 0));
     }
 

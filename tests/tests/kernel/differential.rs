@@ -164,7 +164,7 @@ enum End {
 }
 
 fn known() -> impl Strategy<Value = Known> {
-    let slot = prop_oneof![9 => Just(SLOT), 1 => Just(GUARD.max_flows)];
+    let slot = prop_oneof![9 => Just(SLOT), 1 => Just(GUARD.slots)];
     let shift = prop_oneof![4 => Just(SHIFT), 1 => 0..=16_u32];
     let isn = prop_oneof![4 => Just(FIRST - 1), 1 => any::<u32>()];
     let confirmation = prop_oneof![

@@ -20,7 +20,7 @@ use crate::frames::{OWN, SERVICE, VIP};
 
 /// Room of an ACK gate.
 pub const GUARD: GuardParams = GuardParams {
-    max_flows: 16,
+    slots: 16,
     ifindex: 0,
 };
 
@@ -122,6 +122,13 @@ pub fn load_guarded_mirror(interface: &str) -> Programs {
 /// Programs with an ACK gate for 16 flows, on this interface.
 pub fn load_guarding(interface: &str) -> Programs {
     load_with(1 << 20, None, Some(guard_params(index_of(interface))))
+}
+
+/// The same, which also copy for a standby by it.
+pub fn load_guarding_mirror(interface: &str) -> Programs {
+    let mirror = mirror_params(interface, MirrorEgress::Handshake);
+    let guard = guard_params(index_of(interface));
+    load_with(1 << 20, Some(mirror), Some(guard))
 }
 
 fn guard_params(ifindex: u32) -> GuardParams {

@@ -5,6 +5,7 @@
 
 mod ack_gate;
 mod adopt;
+mod agree;
 mod attach;
 mod differential;
 mod frames;

@@ -43,7 +43,7 @@ pub fn expected(
         effects: Effects {
             // The agent asks for slots that are there.
             sent: known
-                .filter(|known| known.guarded.slot < GUARD.max_flows)
+                .filter(|known| known.guarded.slot < GUARD.slots)
                 .map(|known| known.sent),
             ..Effects::default()
         },
@@ -85,7 +85,8 @@ impl Run<'_> {
                     ifindex: self.ifindex,
                     direction: self.class.direction as u16,
                     state: node.state() as u16,
-                    l3_offset: self.class.l3_offset as u32,
+                    l3_offset: self.class.l3_offset as u16,
+                    flags: 0,
                 };
                 self.effects.frames.push((header, self.frame.clone()));
             }

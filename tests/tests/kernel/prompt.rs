@@ -15,11 +15,11 @@ use rfsis_common::prompt::{MAX_RECORDS, PromptSeen, Prompted};
 use crate::frames::{CLIENT, FLOW, OWN, SERVICE, VIP, ethernet, from_vip, ipv4, tagged, with};
 use crate::host::{in_namespace, load_guarding, packet_socket, receive, run, set_state, veth};
 
-const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 2);
-const PORT: u16 = 9501;
+pub const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 2);
+pub const PORT: u16 = 9501;
 const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
 /// Nothing comes within this time: it was not sent.
-const QUIET: Duration = Duration::from_millis(60);
+pub const QUIET: Duration = Duration::from_millis(60);
 
 /// The client's first byte, the active's next, the edge that the SYN-ACK offered.
 const FIRST: u32 = 2000;
@@ -67,7 +67,7 @@ impl Node {
         let end = |node, peer| Prompts::new(KEY, "demo", node, peer, PORT);
         let (mut standby, mut active) = (end(PEER, OWN), end(OWN, PEER));
         standby.set_term(term(2, 1));
-        let peer = active.set_term(term(1, 2)).unwrap();
+        let (peer, _) = active.set_term(term(1, 2)).unwrap();
         maps.take_prompts(peer).unwrap();
         let agent = UdpSocket::bind((OWN, PORT)).unwrap();
         agent.set_read_timeout(Some(QUIET)).unwrap();
@@ -169,7 +169,7 @@ fn confirm(flow: FlowKey, ack: u32) -> Confirm {
     }
 }
 
-fn udp(source: Ipv4Addr, ports: (u16, u16), checksum: u16, datagram: &[u8]) -> Vec<u8> {
+pub fn udp(source: Ipv4Addr, ports: (u16, u16), checksum: u16, datagram: &[u8]) -> Vec<u8> {
     let mut udp = [ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat();
     udp.extend((8 + datagram.len() as u16).to_be_bytes());
     udp.extend(checksum.to_be_bytes());
@@ -185,7 +185,7 @@ fn from_peer(datagram: &[u8]) -> Vec<u8> {
 }
 
 /// Ones' complement sum (RFC 1071).
-fn folded(bytes: &[u8]) -> u16 {
+pub fn folded(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2);
     let mut sum: u32 = words
         .map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)))

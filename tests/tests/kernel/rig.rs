@@ -235,7 +235,7 @@ impl Rig {
         self.known = world.guarded.filter(|_| self.has_ack_gate);
         if let Some(known) = self.known {
             // A slot that is not there holds nothing.
-            if known.guarded.slot < GUARD.max_flows {
+            if known.guarded.slot < GUARD.slots {
                 self.guard.reset(known.guarded.slot, known.sent).unwrap();
                 let slot = known.guarded.slot;
                 self.guard.confirm(slot, known.confirmation).unwrap();

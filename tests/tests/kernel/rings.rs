@@ -129,7 +129,7 @@ impl Reader {
 }
 
 #[test]
-fn a_reader_that_rests_is_woken_by_a_long_frame_and_a_held_syn_ack_and_by_no_other() {
+fn a_reader_that_rests_is_woken_by_data_and_a_held_syn_ack_and_by_nothing_else() {
     on_each_hook(|hook| {
         let mut programs = load();
         let reader = Reader::new(programs.take_frames().unwrap());
@@ -138,7 +138,7 @@ fn a_reader_that_rests_is_woken_by_a_long_frame_and_a_held_syn_ack_and_by_no_oth
             let (_, verdict) = catch(&mut programs, hook, "TCP", frame);
             assert_eq!(verdict, XdpVerdict::Mirrored);
         };
-        let (small, long) = (tcp_to_vip(ACK, &[7; 64]), tcp_to_vip(ACK, &[7; 1000]));
+        let (small, data) = (tcp_to_vip(ACK, b""), tcp_to_vip(ACK, &[7; 64]));
         for until in [0, now_ns()] {
             rest.write(until).unwrap();
             reader.asleep();
@@ -149,14 +149,14 @@ fn a_reader_that_rests_is_woken_by_a_long_frame_and_a_held_syn_ack_and_by_no_oth
         rest.write(u64::MAX).unwrap();
         send(&small);
         reader.sleeps_on();
-        send(&long);
+        send(&data);
         assert_eq!(reader.woken(), 2, "{hook:?}: and what had come before");
         reader.asleep();
         send(&small);
         assert_eq!(
             reader.woken(),
             1,
-            "{hook:?}: the long one has ended the rest"
+            "{hook:?}: the one with data has ended the rest"
         );
         reader.asleep();
         rest.write(u64::MAX).unwrap();

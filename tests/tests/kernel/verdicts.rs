@@ -51,7 +51,8 @@ fn expected(row: &Row, program: Program, world: &World, ifindex: u32) -> Effects
                 ifindex,
                 direction: answers.direction as u16,
                 state: State::from_u8(world.state as u8).unwrap_or(State::Standby) as u16,
-                l3_offset: l3_offset as u32,
+                l3_offset: l3_offset as u16,
+                flags: 0,
             };
             effects.frames.push((header, frame.clone()));
         }

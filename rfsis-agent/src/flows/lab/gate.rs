@@ -62,9 +62,16 @@ impl Gate {
     fn leave(&mut self, packet: Vec<u8>) -> Option<Vec<u8>> {
         let (_, packet) = self.maps.judge(packet);
         let now = self.maps.now;
-        while let Some((kind, opening)) = self.maps.openings.pop_front() {
-            self.guard
-                .process_opening(&opening, kind, now, &mut self.maps);
+        while let Some(opening) = self.maps.openings.pop_front() {
+            match opening {
+                Opening::Packet(kind, packet) => {
+                    self.guard
+                        .process_opening(&packet, kind, now, &mut self.maps);
+                }
+                Opening::Agreed(flow, agreed, at) => {
+                    self.guard.process_agreed(flow, agreed, at, &mut self.maps);
+                }
+            }
         }
         packet
     }

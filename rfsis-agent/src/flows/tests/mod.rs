@@ -7,6 +7,7 @@ use smoltcp::wire::{TcpControl, TcpRepr, TcpTimestampRepr};
 use crate::wire::bare_repr;
 
 mod adoption;
+mod agreed;
 mod by_hand;
 mod guarded;
 mod histories;

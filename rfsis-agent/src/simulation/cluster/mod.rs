@@ -409,6 +409,7 @@ impl Cluster {
                     track.forget_all();
                 }
             }
+            Note::Agreed => self.promises.tally.agreed += 1,
             Note::Adopted(numbers) => {
                 say!(self, "{}: the kernel adopts {numbers:?}", name(index));
                 self.promises.tally.adopted += 1;

@@ -15,6 +15,9 @@ use crate::settled::{VOID_MOST, is_standby, pair};
 /// How the names of the agent's threads begin that do not serve clients.
 const OWN_THREADS: &str = "rfsis-";
 
+/// Room for the connections of some seconds: what has ended lingers for two, and is reaped each second.
+const MAX_FLOWS: u32 = 100_000;
+
 /// How the service is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Arm {
@@ -48,6 +51,7 @@ impl Arm {
         };
         Settings {
             native_xdp: false,
+            max_flows: Some(MAX_FLOWS),
             ..settings
         }
     }
