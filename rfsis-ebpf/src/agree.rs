@@ -243,13 +243,13 @@ fn let_go(ctx: &TcContext, answer: &Answer) -> Option<()> {
         return None;
     };
     write_checksum(&mut pending.packet, pending.len, is_left);
-    let ready = write_frame(ctx, pending)
-        // Whoever removes it lets it go: the agent may be about to.
-        && PENDING.remove(answer.flow).is_ok();
-    if !ready {
+    let is_written = write_frame(ctx, pending);
+    // Whoever removes it lets it go: the agent may have been faster.
+    if !is_written || PENDING.remove(answer.flow).is_err() {
         let _ = SPARE_SLOTS.push(slot, 0);
         event.discard(0);
-        return None;
+        // What was written is no answer any more, and nobody's.
+        return is_written.then_some(());
     }
     // SAFETY: the helper takes nothing and cannot fail.
     let now_ns = unsafe { bpf_ktime_get_ns() };
