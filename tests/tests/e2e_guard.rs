@@ -234,6 +234,63 @@ fn a_stream_survives_the_death_of_the_active_between_much_data_and_its_copies() 
     trace.no_byte_from_vip_changed().unwrap();
 }
 
+// ---- what the kernels agree on -----------------------------------------------------------------
+
+/// Where TC catches the frames. On one of the LANs all checksums are left to devices, on the other some cables finish them.
+#[test]
+fn connections_that_the_kernels_open_alone_are_guarded_and_survive() {
+    const COUNT: u64 = 20;
+    for wiring in [Wiring::MirrorOffloaded, Wiring::MirrorOverSyncLink] {
+        let lab = wiring.lab();
+        let settings = Settings {
+            protect_timeout: Some("20s".into()),
+            ..wiring.settings()
+        };
+        let pair = Pair::start_guarding(&lab, &settings);
+        let capture = Capture::start(&lab);
+        let agreed = || judged(&pair.primary.metrics(), &["agreed"]);
+        // From when the standby's agent has let its program answer.
+        let tries = || parts(&connect(&lab, port::ECHO).unwrap()).unwrap();
+        wait_until(
+            "the kernels to agree",
+            || (tries(), agreed()).1,
+            |&n| n > 0.0,
+        );
+        let before = agreed();
+        let streams: Vec<TcpStream> = (0..COUNT)
+            .map(|_| connect(&lab, port::ECHO).unwrap())
+            .collect();
+        // One that finds the standby's agent late is opened by the agents.
+        let by_kernels = agreed() - before;
+        assert!(by_kernels > COUNT as f64 / 2.0, "{wiring:?}: {by_kernels}");
+        let ports: Vec<u16> = streams
+            .iter()
+            .map(|stream| stream.local_addr().unwrap().port())
+            .collect();
+        for (stream, seed) in streams.iter().zip(0..) {
+            says(stream, seed).unwrap();
+            hears(stream, seed).unwrap();
+        }
+        let exposed = [("condition", "exposed")];
+        pair.primary
+            .wait_metric("rfsis_guarded_flows", &exposed, 0.0);
+        pair.primary_dies(&lab, Death::Kill9);
+        pair.wait_takeover();
+        for (stream, seed) in streams.iter().zip(100..) {
+            says(stream, seed).unwrap();
+            hears(stream, seed).unwrap();
+            parts(stream).unwrap();
+        }
+        let trace = capture.stop();
+        // A SYN-ACK that does not come, or is wrong, makes its client repeat itself.
+        let segments = trace.frames.iter().filter_map(|frame| frame.tcp());
+        let syns = segments.filter(|segment| segment.syn && ports.contains(&segment.source.1));
+        assert!(syns.count() < ports.len() * 3 / 2, "{wiring:?}");
+        trace.no_reset_from_vip().unwrap();
+        trace.no_byte_from_vip_changed().unwrap();
+    }
+}
+
 // ---- what the client is told -------------------------------------------------------------------
 
 #[test]
