@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State, frame_flags};
-use rfsis_common::verdict::patience;
+use rfsis_common::verdict::{ACK_FRAME, BARE_FRAME, patience};
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
@@ -272,6 +272,8 @@ pub struct Rest {
     map: RestWriter,
     /// For how long it is to rest for what it has read, ns; 0 if nothing.
     due: Nanos,
+    /// Connections open: of these there is more to come.
+    opens: bool,
     told: bool,
 }
 
@@ -281,6 +283,7 @@ impl Rest {
         Self {
             map,
             due: 0,
+            opens: false,
             told: false,
         }
     }
@@ -289,6 +292,7 @@ impl Rest {
     /// it, may wait as long as it might have.
     fn note(&mut self, len: u32) {
         let patience = patience(len);
+        self.opens |= len > ACK_FRAME && len <= BARE_FRAME;
         self.due = match self.due {
             0 => patience,
             due => due.min(patience),
@@ -299,7 +303,13 @@ impl Rest {
     /// arrived before the programs heard of it lies in the ring, and who waits for a ring with something
     /// in it does not wait.
     fn begin(&mut self, may_rest: bool, now: Nanos) -> Nanos {
-        let due = std::mem::take(&mut self.due);
+        // Bare acknowledgements alone are those of a download: too many together would take long.
+        let most = if std::mem::take(&mut self.opens) {
+            patience(BARE_FRAME)
+        } else {
+            patience(BARE_FRAME + 1)
+        };
+        let due = std::mem::take(&mut self.due).min(most);
         let rests = due > 0 && may_rest;
         let until = if rests { now + due } else { 0 };
         if rests || self.told {

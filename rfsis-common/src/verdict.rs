@@ -133,6 +133,9 @@ pub const LONG_FRAME: u32 = 512;
 /// Frames longer than this have data; those of a handshake, with the options that Linux sends, have not.
 pub const BARE_FRAME: u32 = 74;
 
+/// Frames no longer than this are no SYNs of Linux: acknowledgements, which come in streams, and ends.
+pub const ACK_FRAME: u32 = 66;
+
 /// How long a frame of so many bytes may wait for a reader that rests, ns. For a confirmation of data a client may
 /// wait, for that of a bare frame nobody does.
 #[inline(always)]
