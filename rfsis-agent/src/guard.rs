@@ -30,7 +30,7 @@ use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release};
 use rfsis_common::agree::Pending;
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
-use rfsis_common::prompt::Prompted;
+use rfsis_common::prompt::Delegated;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
@@ -93,13 +93,15 @@ pub trait GuardEffects {
     fn kept(&mut self, flow: FlowKey) -> Option<Pending>;
     /// Takes a held SYN-ACK from the gate, which would let it go when the kernels agree; false if it has done so.
     fn claim(&mut self, flow: FlowKey) -> bool;
-    /// Writes what the standby holds.
+    /// Writes what the standby holds, whatever stood there.
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool;
+    /// Adds what the standby holds to what the gate has taken by itself; gives all.
+    fn confirm_more(&mut self, slot: u32, confirmation: Confirmation) -> Confirmation;
+    /// What was written, and what the gate has taken by itself since.
+    fn confirmed(&mut self, slot: u32) -> Confirmation;
     /// Lets the gate take confirmations of a flow by itself from now on, or no longer, by a value of zeros.
-    fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool;
-    /// What the gate has taken by itself, and was confirmed before; says nothing where it takes nothing.
-    fn prompted(&mut self, slot: u32) -> Confirmation;
-    /// When it has last done so, of whichever flow, ns.
+    fn delegate(&mut self, slot: u32, delegated: Delegated) -> bool;
+    /// When it has last taken one, of whichever flow, ns.
     fn prompted_at(&mut self) -> Nanos;
     /// Reads what was sent; `None` while it is being written.
     fn sent(&mut self, slot: u32) -> Option<Sent>;
@@ -189,6 +191,8 @@ struct Flow {
     /// more than the gate has noted.
     spoke_unseen: bool,
     phase: Phase,
+    /// Of a guarded flow what the gate knew when it was looked at last; else what the standby said since. Never older than
+    /// that: numbers that lie 2 GiB apart cannot be compared.
     confirmation: Confirmation,
     recheck: Option<Nanos>,
     /// How often it was closed in vain.
@@ -226,21 +230,21 @@ impl Flow {
     fn protect(&mut self, fx: &mut impl GuardEffects) {
         self.phase = Phase::Guarded;
         self.closed_in_vain = 0;
-        fx.delegate(self.slot, Prompted::new(self.client_isn, self.confirmation));
+        fx.delegate(self.slot, Delegated::of(self.client_isn));
     }
 
     /// Learns what the gate has taken by itself.
     fn catch_up(&mut self, fx: &mut impl GuardEffects) {
         if matches!(self.phase, Phase::Guarded) {
-            self.confirmation = self.confirmation.with(fx.prompted(self.slot));
+            self.confirmation = fx.confirmed(self.slot);
         }
     }
 
     /// The gate passes all of it.
     fn expose(&mut self, fx: &mut impl GuardEffects) {
         fx.confirm(self.slot, Confirmation::OPEN);
-        self.catch_up(fx);
-        fx.delegate(self.slot, Prompted::default());
+        fx.delegate(self.slot, Delegated::default());
+        self.confirmation = Confirmation::default();
         self.phase = Phase::Exposed;
     }
 
@@ -525,17 +529,16 @@ impl Guard {
             return;
         }
         flow.known_at = now;
-        flow.catch_up(fx);
         let fresh = Confirmation::new(confirm.ack, confirm.edge);
-        let known = flow.confirmation;
-        let merged = known.with(fresh);
-        flow.confirmation = merged;
-        if matches!(flow.phase, Phase::Exposed) {
-            self.protect_again(confirm.flow, now, fx);
-            return;
-        }
-        if merged != known {
-            fx.confirm(flow.slot, merged);
+        if matches!(flow.phase, Phase::Guarded) {
+            flow.confirmation = fx.confirm_more(flow.slot, fresh);
+        } else {
+            flow.confirmation = flow.confirmation.with(fresh);
+            if matches!(flow.phase, Phase::Exposed) {
+                self.protect_again(confirm.flow, now, fx);
+                return;
+            }
+            fx.confirm(flow.slot, flow.confirmation);
         }
         let caught_up = Self::release(self.config.vip, confirm.flow, flow, &confirm.sack, fx);
         if matches!(flow.phase, Phase::Closing { .. }) && flow.is_all_confirmed(fx) {

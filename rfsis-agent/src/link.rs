@@ -12,7 +12,7 @@ use rfsis_common::ack_gate::{
 };
 use rfsis_common::agree::{self, Answer, Pending};
 use rfsis_common::maps::{FlowKey, HeldEvent};
-use rfsis_common::prompt::{self, Prompted};
+use rfsis_common::prompt::{self, Delegated};
 
 use crate::adopt::Numbers;
 use crate::bpf::GuardMaps;
@@ -122,15 +122,19 @@ impl GuardEffects for KernelGuard {
     }
 
     fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool {
-        self.done(self.maps.confirm(slot, confirmation))
+        self.maps.confirm(slot, confirmation)
     }
 
-    fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool {
-        self.done(self.maps.delegate(slot, prompted))
+    fn confirm_more(&mut self, slot: u32, confirmation: Confirmation) -> Confirmation {
+        self.maps.confirm_more(slot, confirmation)
     }
 
-    fn prompted(&mut self, slot: u32) -> Confirmation {
-        self.maps.prompted(slot)
+    fn confirmed(&mut self, slot: u32) -> Confirmation {
+        self.maps.confirmed(slot)
+    }
+
+    fn delegate(&mut self, slot: u32, delegated: Delegated) -> bool {
+        self.done(self.maps.delegate(slot, delegated))
     }
 
     fn prompted_at(&mut self) -> Nanos {

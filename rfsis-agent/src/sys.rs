@@ -1,12 +1,17 @@
-//! System calls that no crate wraps safely. The only `unsafe` of the agent is here.
+//! System calls that no crate wraps safely.
 
 use std::io;
 use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::num::NonZeroUsize;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::eventfd::EventFd;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -38,6 +43,52 @@ pub fn omit_checksums(socket: &std::net::UdpSocket) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Words that programs in the kernel and this process exchange: the memory of an array map.
+#[derive(Debug)]
+pub struct SharedWords {
+    words: NonNull<AtomicU64>,
+    len: NonZeroUsize,
+}
+
+// SAFETY: all that it gives out are atomic words, which live as long as it.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// The first `len` values, of 8 bytes each, of an array that was made with `BPF_F_MMAPABLE`.
+    ///
+    /// Errors: of mmap(2); EPERM where the array was made otherwise, EINVAL where it has fewer.
+    pub fn map(array: impl AsFd, len: NonZeroUsize) -> nix::Result<Self> {
+        let bytes = len.checked_mul(NonZeroUsize::MIN.saturating_add(7));
+        let bytes = bytes.ok_or(nix::Error::EINVAL)?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, which nothing else refers to; the memory is the kernel's, and is not cut short.
+        let start = unsafe { mmap(None, bytes, access, MapFlags::MAP_SHARED, array, 0) }?;
+        Ok(Self {
+            words: start.cast(),
+            len,
+        })
+    }
+}
+
+impl Deref for SharedWords {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: so many words are mapped until `drop`, at the start of a page; the kernel's programs change them as
+        // wholes, too.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.len.get()) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: what `map` has mapped, and nobody refers to any more. Cannot fail for that.
+        let _ = unsafe { munmap(self.words.cast(), self.len.get() * size_of::<AtomicU64>()) };
+    }
 }
 
 /// How far [`monotonic`] is off the machine's clock, seconds: the process is in a time namespace

@@ -330,12 +330,12 @@ pub mod names {
     pub const GUARD: &str = "GUARD";
     /// `HashMap<FlowKey, Guarded>` ([`crate::ack_gate::Guarded`]): flows that the standby knows.
     pub const GUARDED: &str = "GUARDED";
-    /// `Array` of [`crate::ack_gate::Confirmation`], by slot.
+    /// `Array` of [`crate::ack_gate::Confirmation`], by slot, which the agent maps into its memory.
     pub const CONFIRMED: &str = "CONFIRMED";
     /// `Array` of [`crate::ack_gate::Sent`], by slot.
     pub const SENT: &str = "SENT";
-    /// `Array` of [`crate::prompt::Prompted`], by slot.
-    pub const PROMPTED: &str = "PROMPTED";
+    /// `Array` of [`crate::prompt::Delegated`], by slot.
+    pub const DELEGATED: &str = "DELEGATED";
     /// `Array<PromptPeer>` ([`crate::prompt::PromptPeer`]), one entry.
     pub const PROMPT: &str = "PROMPT";
     /// `Array` of [`crate::prompt::PromptSeen`], two entries.

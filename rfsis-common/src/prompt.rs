@@ -92,28 +92,23 @@ pub struct PromptSeen {
     pub taken: u64,
 }
 
-/// Value of map `PROMPTED`, by slot: what the programs were told of a flow by themselves.
+/// Value of map `DELEGATED`, by slot: of which connection the programs take confirmations by themselves.
 ///
-/// All zeros: the agent alone takes confirmations of it.
+/// One word, so that a program never sees half of it. All zeros: of none, the agent alone does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Prompted {
-    /// What was confirmed before, and by prompt datagrams since.
-    pub confirmation: Confirmation,
-    /// By which the records of the connection are known.
-    pub client_isn: u32,
-    /// 0.
-    pub reserved: u32,
-}
+#[repr(transparent)]
+pub struct Delegated(u64);
 
-impl Prompted {
-    /// The programs take what is said of this connection, of which so much is confirmed.
-    pub const fn new(client_isn: u32, confirmation: Confirmation) -> Self {
-        Self {
-            confirmation,
-            client_isn,
-            reserved: 0,
-        }
+impl Delegated {
+    /// The programs take what is said of the connection with this initial sequence number.
+    pub const fn of(client_isn: u32) -> Self {
+        Self(1 << 32 | client_isn as u64)
+    }
+
+    /// Whether they take a record of the connection with this one.
+    #[inline(always)]
+    pub const fn takes(self, client_isn: u32) -> bool {
+        self.0 == Self::of(client_isn).0
     }
 }
 
@@ -334,14 +329,14 @@ pub const fn acknowledgement(vip: u32, flow: FlowKey, release: &Release) -> AckW
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Hop, PromptPeer, PromptSeen, Prompted};
+    use super::{Delegated, Hop, PromptPeer, PromptSeen};
 
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for PromptPeer {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for PromptSeen {}
-    // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
-    unsafe impl aya::Pod for Prompted {}
+    // SAFETY: a `u64`: every bit pattern is valid.
+    unsafe impl aya::Pod for Delegated {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for Hop {}
 }

@@ -19,12 +19,12 @@ use rfsis_common::agree::{
     window_shift, write_checksum,
 };
 use rfsis_common::frame::{Classified, FrameClass, TcpPart};
-use rfsis_common::prompt::{Hop, Prompted};
+use rfsis_common::prompt::{Delegated, Hop};
 
 use crate::maps::{
     GUARDED, OPENINGS, PENDING, SPARE_SLOTS, SYNS, agree_peer, agree_scratch, confirmed,
-    count_ack_gate, has_ack_gate, hop, ifindex, is_guarding, mirror_ifindex, mirror_peer,
-    promise_until, prompted, sent, vip,
+    count_ack_gate, delegated, has_ack_gate, hop, ifindex, is_guarding, mirror_ifindex,
+    mirror_peer, promise_until, sent, vip,
 };
 use crate::skb::is_tagged;
 
@@ -310,18 +310,17 @@ fn write_frame(ctx: &TcContext, pending: &Pending) -> bool {
 #[inline(always)]
 fn begin(answer: &Answer, guarded: Guarded, pending: &Pending, now_ns: u64) -> bool {
     let begun = Sent::new(answer.client_isn, answer.active_isn, pending.window()).at(now_ns);
-    let confirmation = begun.everything();
     let slot = guarded.slot;
-    let (Some(sent), Some(confirmed), Some(prompted), Some(hop)) =
-        (sent(slot), confirmed(slot), prompted(slot), hop(slot))
+    let (Some(sent), Some(confirmed), Some(delegated), Some(hop)) =
+        (sent(slot), confirmed(slot), delegated(slot), hop(slot))
     else {
         return false;
     };
     // SAFETY: the pointers are to elements of arrays, of a slot that nobody has: integers only.
     unsafe {
         write_volatile(sent, begun);
-        write_volatile(confirmed, confirmation);
-        write_volatile(prompted, Prompted::new(guarded.client_isn, confirmation));
+        write_volatile(confirmed, begun.everything());
+        write_volatile(delegated, Delegated::of(guarded.client_isn));
         write_volatile(
             hop,
             Hop {

@@ -4,6 +4,7 @@ use crate::agree::Scratch;
 use crate::atomic;
 use aya_ebpf::{
     Global,
+    bindings::BPF_F_MMAPABLE,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
@@ -11,7 +12,7 @@ use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::agree::{AgreePeer, NotedSyn, Pending, SPARE_SLOTS_MAX};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
 use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
-use rfsis_common::prompt::{Hop, MAX_LEN, PromptPeer, PromptRecord, PromptSeen, Prompted, Words};
+use rfsis_common::prompt::{Delegated, Hop, MAX_LEN, PromptPeer, PromptRecord, PromptSeen, Words};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 /// The VIP, IPv4 in host byte order; the loader sets it.
@@ -83,9 +84,9 @@ static GUARD: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static GUARDED: HashMap<FlowKey, Guarded> = HashMap::with_max_entries(1, 0);
 
-/// The loader sizes it.
+/// The loader sizes it. Agent and programs exchange its words in the same memory.
 #[map]
-static CONFIRMED: Array<Confirmation> = Array::with_max_entries(1, 0);
+static CONFIRMED: Array<Confirmation> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// The loader sizes it.
 #[map]
@@ -93,7 +94,7 @@ static SENT: Array<Sent> = Array::with_max_entries(1, 0);
 
 /// The loader sizes it.
 #[map]
-static PROMPTED: Array<Prompted> = Array::with_max_entries(1, 0);
+static DELEGATED: Array<Delegated> = Array::with_max_entries(1, 0);
 
 /// The loader sizes it.
 #[map]
@@ -240,47 +241,40 @@ pub fn is_guarding() -> bool {
     }
 }
 
-/// What the standby confirmed of the flow in a slot: to the agent, and to the programs.
+/// What the standby confirmed of the flow in a slot.
 #[inline(always)]
 pub fn confirmation(slot: u32) -> Option<Confirmation> {
     let confirmation = CONFIRMED.get_ptr(slot)?;
-    // SAFETY: the pointer is to an element of the array, one word that the agent may be writing:
-    // volatile, so that it is read once.
-    let told = unsafe { core::ptr::read_volatile(confirmation) };
-    let prompted = PROMPTED.get_ptr(slot)?;
-    // SAFETY: as above; the programs write it on other CPUs, too.
-    Some(told.with(unsafe { core::ptr::read_volatile(&raw const (*prompted).confirmation) }))
+    // SAFETY: the pointer is to an element of the array, one word that the agent, or a program on another CPU, may
+    // be writing: volatile, so that it is read once.
+    Some(unsafe { core::ptr::read_volatile(confirmation) })
 }
 
-/// Notes what the programs were told of the flow in a slot; `false` if it is for the agent to hear.
+/// Notes what a prompt datagram says of the flow in a slot; `false` if it is for the agent to hear.
 #[inline(always)]
 pub fn note_prompted(slot: u32, record: &PromptRecord) -> bool {
-    let Some(prompted) = PROMPTED.get_ptr_mut(slot) else {
+    let (Some(delegated), Some(confirmed)) = (DELEGATED.get_ptr(slot), confirmed(slot)) else {
         return false;
     };
-    // SAFETY: the pointer is to an element of the array: integers only, each written as a whole.
-    let (client_isn, mut known) = unsafe {
+    // SAFETY: the pointers are to elements of arrays, one word each: volatile, so that it is read once.
+    let (delegated, mut known) = unsafe {
         (
-            core::ptr::read_volatile(&raw const (*prompted).client_isn),
-            core::ptr::read_volatile(&raw const (*prompted).confirmation),
+            core::ptr::read_volatile(delegated),
+            core::ptr::read_volatile(confirmed),
         )
     };
-    if client_isn != record.client_isn {
+    if !delegated.takes(record.client_isn) {
         return false;
     }
-    // Another CPU may note another datagram's.
+    // Another CPU may note another datagram's, or the agent what it heard.
     for _ in 0..4 {
         let all = known.with(record.confirmation);
         if known == Confirmation::default() || all.is_open() {
             return false;
         }
-        // SAFETY: as above.
+        // SAFETY: the pointer is to an element of the array, which nobody writes but as a whole.
         let found = Confirmation::from_word(unsafe {
-            atomic::compare_exchange(
-                (&raw mut (*prompted).confirmation).cast(),
-                known.word(),
-                all.word(),
-            )
+            atomic::compare_exchange(confirmed.cast(), known.word(), all.word())
         });
         if found == known {
             return true;
@@ -332,16 +326,16 @@ pub fn agree_scratch() -> Option<*mut Scratch> {
     AGREE_SCRATCH.get_ptr_mut(0)
 }
 
-/// Where the agent notes what the standby confirmed of the flow in a slot.
+/// Where it stands what the standby confirmed of the flow in a slot.
 #[inline(always)]
 pub fn confirmed(slot: u32) -> Option<*mut Confirmation> {
     CONFIRMED.get_ptr_mut(slot)
 }
 
-/// Where it stands what the programs were told of it.
+/// Where it stands of which connection of a slot the programs take confirmations.
 #[inline(always)]
-pub fn prompted(slot: u32) -> Option<*mut Prompted> {
-    PROMPTED.get_ptr_mut(slot)
+pub fn delegated(slot: u32) -> Option<*mut Delegated> {
+    DELEGATED.get_ptr_mut(slot)
 }
 
 /// How segments of the flow in a slot leave.

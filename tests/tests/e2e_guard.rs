@@ -6,7 +6,7 @@
 use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tests::agent::port;
 use tests::capture::Segment;
@@ -14,7 +14,7 @@ use tests::client::{begin_connect, connect, echo_exactly, hears, parts, says};
 use tests::faults::{Fault, Traffic};
 use tests::forge::denial;
 use tests::metrics::Metrics;
-use tests::patience::{PATIENCE, slowed, wait_until};
+use tests::patience::{PATIENCE, slowed, wait_at_most, wait_until};
 use tests::pulse::Pulse;
 use tests::wire::Wire;
 use tests::{Agent, Capture, Death, Host, Lab, Pair, Settings, VIP, Wiring};
@@ -232,6 +232,37 @@ fn a_stream_survives_the_death_of_the_active_between_much_data_and_its_copies() 
     let trace = scene.capture.stop();
     trace.no_reset_from_vip().unwrap();
     trace.no_byte_from_vip_changed().unwrap();
+}
+
+/// Sequence numbers are used again after 4 GiB, and those that lie 2 GiB apart cannot be compared.
+#[test]
+fn a_stream_of_more_bytes_than_there_are_sequence_numbers_is_guarded_and_survives() {
+    const AROUND: u64 = 1 << 32;
+    const TOTAL: u64 = AROUND + (256 << 20);
+    let lab = Wiring::MirrorOffloaded.lab();
+    let settings = Settings {
+        protect_timeout: Some("20s".into()),
+        ..Wiring::MirrorOffloaded.settings()
+    };
+    let pair = Pair::start_guarding(&lab, &settings);
+    let stream = connect(&lab, port::ECHO).unwrap();
+    let progress = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let transfer = scope.spawn(|| echo_exactly(&stream, TOTAL, 1, &progress));
+        wait_at_most(
+            Duration::from_secs(120),
+            "all sequence numbers to be used",
+            || progress.load(Ordering::Relaxed),
+            |&bytes| bytes > AROUND + (64 << 20) || transfer.is_finished(),
+        );
+        assert!(!transfer.is_finished(), "it was to die in the middle");
+        let guarded = [("condition", "guarded")];
+        let metrics = pair.primary.metrics();
+        assert_eq!(metrics.sum("rfsis_guarded_flows", &guarded), 1.0);
+        pair.primary_dies(&lab, Death::Kill9);
+        transfer.join().unwrap().unwrap();
+    });
+    pair.wait_takeover();
 }
 
 // ---- what the kernels agree on -----------------------------------------------------------------

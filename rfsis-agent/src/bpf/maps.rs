@@ -2,7 +2,9 @@
 //! handle share a lock, handles made anew do not.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::Pod;
@@ -11,10 +13,11 @@ use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::agree::{AgreePeer, Pending};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
 use rfsis_common::mirror::MirrorVerdict;
-use rfsis_common::prompt::{Hop, PromptPeer, PromptSeen, Prompted};
+use rfsis_common::prompt::{Delegated, Hop, PromptPeer, PromptSeen};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use super::error::BpfError;
+use crate::sys::SharedWords;
 
 /// Most entries that one [`LostFlows::drain`] gives.
 const DRAIN_MAX: usize = 16_384;
@@ -272,9 +275,9 @@ const LOOKS_MAX: usize = 8;
 pub struct GuardMaps {
     mode: Shared<Array<MapData, u64>>,
     flows: FlowMap<Guarded>,
-    confirmed: Shared<Array<MapData, Confirmation>>,
+    confirmed: Arc<SharedWords>,
     sent: Shared<Array<MapData, Sent>>,
-    prompted: Shared<Array<MapData, Prompted>>,
+    delegated: Shared<Array<MapData, Delegated>>,
     hops: Shared<Array<MapData, Hop>>,
     prompt: Shared<Array<MapData, PromptPeer>>,
     prompt_seen: Shared<Array<MapData, PromptSeen>>,
@@ -308,6 +311,26 @@ fn array<V: Pod>(name: &'static str, map: Map) -> Result<Shared<Array<MapData, V
     Ok(Shared::new(map))
 }
 
+/// The values of an array, in memory.
+fn words(name: &'static str, map: &Map) -> Result<SharedWords, BpfError> {
+    let Map::Array(data) = map else {
+        return Err(BpfError::NotFound { kind: "map", name });
+    };
+    let info = data
+        .info()
+        .map_err(|error| failed("asking about", name, &error))?;
+    let len = NonZeroUsize::try_from(info.max_entries() as usize);
+    let len = len.map_err(|_| BpfError::NotFound { kind: "map", name })?;
+    let words = SharedWords::map(data.fd(), len);
+    words.map_err(|error| {
+        failed(
+            "mapping",
+            name,
+            &MapError::from(std::io::Error::from(error)),
+        )
+    })
+}
+
 impl GuardMaps {
     #[expect(
         clippy::too_many_arguments,
@@ -318,7 +341,7 @@ impl GuardMaps {
         flows: Map,
         confirmed: Map,
         sent: Map,
-        prompted: Map,
+        delegated: Map,
         hops: Map,
         prompt: Map,
         prompt_seen: Map,
@@ -327,9 +350,9 @@ impl GuardMaps {
         Ok(Self {
             mode: array(names::GUARD, mode)?,
             flows: flow_map(names::GUARDED, flows)?,
-            confirmed: array(names::CONFIRMED, confirmed)?,
+            confirmed: Arc::new(words(names::CONFIRMED, &confirmed)?),
             sent: array(names::SENT, sent)?,
-            prompted: array(names::PROMPTED, prompted)?,
+            delegated: array(names::DELEGATED, delegated)?,
             hops: array(names::HOPS, hops)?,
             prompt: array(names::PROMPT, prompt)?,
             prompt_seen: array(names::PROMPT_SEEN, prompt_seen)?,
@@ -369,29 +392,50 @@ impl GuardMaps {
         self.flows.lock().get(flow, 0).is_ok()
     }
 
-    /// Tells the gate what the standby holds of the flow in a slot.
-    ///
-    /// # Errors
-    /// Where there is no such slot.
-    pub fn confirm(&self, slot: u32, confirmation: Confirmation) -> Result<(), BpfError> {
-        let result = self.confirmed.lock().set(slot, confirmation, 0);
-        result.map_err(|error| failed("writing", names::CONFIRMED, &error))
+    fn confirmation(&self, slot: u32) -> Option<&AtomicU64> {
+        self.confirmed.get(slot as usize)
     }
 
-    /// What the programs have noted of the flow in a slot by themselves, and what was confirmed before. Says
-    /// nothing where the agent alone takes confirmations.
-    pub fn prompted(&self, slot: u32) -> Confirmation {
-        let prompted = self.prompted.lock().get(&slot, 0).unwrap_or_default();
-        prompted.confirmation
+    /// Tells the gate what the standby holds of the flow in a slot, whatever it was told before; `false` where there
+    /// is no such slot.
+    #[must_use]
+    pub fn confirm(&self, slot: u32, confirmation: Confirmation) -> bool {
+        let word = self.confirmation(slot);
+        word.map(|word| word.store(confirmation.word(), Ordering::SeqCst))
+            .is_some()
+    }
+
+    /// Tells it more, beside what the programs take by themselves; gives all that is confirmed now.
+    pub fn confirm_more(&self, slot: u32, confirmation: Confirmation) -> Confirmation {
+        let Some(word) = self.confirmation(slot) else {
+            return confirmation;
+        };
+        let all = |known| Confirmation::from_word(known).with(confirmation);
+        let mut known = word.load(Ordering::SeqCst);
+        loop {
+            let (next, order) = (all(known), Ordering::SeqCst);
+            match word.compare_exchange_weak(known, next.word(), order, order) {
+                Ok(_) => return next,
+                Err(found) => known = found,
+            }
+        }
+    }
+
+    /// What the gate knows that the standby holds; nothing where there is no such slot.
+    pub fn confirmed(&self, slot: u32) -> Confirmation {
+        let word = self.confirmation(slot);
+        word.map_or_else(Confirmation::default, |word| {
+            Confirmation::from_word(word.load(Ordering::SeqCst))
+        })
     }
 
     /// Lets the programs take confirmations of the flow in a slot by themselves, or no longer.
     ///
     /// # Errors
     /// Where there is no such slot.
-    pub fn delegate(&self, slot: u32, prompted: Prompted) -> Result<(), BpfError> {
-        let result = self.prompted.lock().set(slot, prompted, 0);
-        result.map_err(|error| failed("writing", names::PROMPTED, &error))
+    pub fn delegate(&self, slot: u32, delegated: Delegated) -> Result<(), BpfError> {
+        let result = self.delegated.lock().set(slot, delegated, 0);
+        result.map_err(|error| failed("writing", names::DELEGATED, &error))
     }
 
     /// Which prompt datagrams have come from the peer whose element this is.
@@ -480,7 +524,7 @@ impl GuardMaps {
     /// # Errors
     /// Where there is no such slot.
     pub fn reset(&self, slot: u32, sent: Sent) -> Result<(), BpfError> {
-        self.delegate(slot, Prompted::default())?;
+        self.delegate(slot, Delegated::default())?;
         let result = self.hops.lock().set(slot, Hop::default(), 0);
         result.map_err(|error| failed("writing", names::HOPS, &error))?;
         let result = self.sent.lock().set(slot, sent, 0);

@@ -167,7 +167,7 @@ impl Programs {
             .map_max_entries(names::GUARDED, guarded)
             .map_max_entries(names::CONFIRMED, guarded)
             .map_max_entries(names::SENT, guarded)
-            .map_max_entries(names::PROMPTED, guarded)
+            .map_max_entries(names::DELEGATED, guarded)
             .map_max_entries(names::HOPS, guarded)
             .map_max_entries(names::FRAMES, params.frame_ring_bytes)
             .map_max_entries(names::LIVE_FLOWS, params.max_live_flows.max(1))
@@ -353,7 +353,7 @@ impl Programs {
             self.copy_of(names::GUARDED)?,
             self.copy_of(names::CONFIRMED)?,
             self.copy_of(names::SENT)?,
-            self.copy_of(names::PROMPTED)?,
+            self.copy_of(names::DELEGATED)?,
             self.copy_of(names::HOPS)?,
             self.copy_of(names::PROMPT)?,
             self.copy_of(names::PROMPT_SEEN)?,

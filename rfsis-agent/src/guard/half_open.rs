@@ -111,7 +111,7 @@ mod tests {
     use super::*;
     use crate::guard::GuardConfig;
     use crate::wire::{bare_repr, emit_packet};
-    use rfsis_common::prompt::Prompted;
+    use rfsis_common::prompt::Delegated;
 
     const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
     const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -156,12 +156,16 @@ mod tests {
             true
         }
 
-        fn delegate(&mut self, _slot: u32, _prompted: Prompted) -> bool {
-            true
+        fn confirm_more(&mut self, _slot: u32, confirmation: Confirmation) -> Confirmation {
+            confirmation
         }
 
-        fn prompted(&mut self, _slot: u32) -> Confirmation {
+        fn confirmed(&mut self, _slot: u32) -> Confirmation {
             Confirmation::default()
+        }
+
+        fn delegate(&mut self, _slot: u32, _delegated: Delegated) -> bool {
+            true
         }
 
         fn prompted_at(&mut self) -> Nanos {

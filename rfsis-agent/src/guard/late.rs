@@ -12,7 +12,7 @@
 
 use rfsis_common::ack_gate::{Confirmation, Sent, sent_flags};
 use rfsis_common::maps::FlowKey;
-use rfsis_common::prompt::Prompted;
+use rfsis_common::prompt::Delegated;
 
 use super::{Ended, Flow, Guard, GuardEffects, MS, Phase};
 use crate::adopt::Numbers;
@@ -53,7 +53,6 @@ impl Guard {
         let Some(flow) = self.flows.get_mut(&key) else {
             return;
         };
-        flow.confirmation = Confirmation::default();
         let ended = fx
             .sent(flow.slot)
             .is_some_and(|sent| sent.flags & (sent_flags::FIN_SENT | sent_flags::RST_SENT) != 0);
@@ -102,7 +101,7 @@ impl Guard {
         {
             // All that the client was told until now the snapshot will have.
             fx.confirm(flow.slot, Confirmation::new(sent.told, sent.told_edge));
-            fx.delegate(flow.slot, Prompted::default());
+            fx.delegate(flow.slot, Delegated::default());
             flow.phase = Phase::Closing {
                 until: now + SNAPSHOT_PATIENCE,
             };
@@ -308,7 +307,7 @@ pub(super) mod tests {
         pub(in crate::guard) guarded: HashMap<FlowKey, Guarded>,
         pub(in crate::guard) sent: HashMap<u32, Sent>,
         confirmed: HashMap<u32, Confirmation>,
-        prompted: HashMap<u32, Prompted>,
+        delegated: HashMap<u32, Delegated>,
         prompted_at: Nanos,
         wanted: Vec<(FlowKey, u32)>,
         /// The gate takes a confirmation, and tells the client of it, behind each look at what it has.
@@ -320,11 +319,12 @@ pub(super) mod tests {
     impl Maps {
         fn goes_on(&mut self, slot: u32) {
             if self.is_busy
-                && let (Some(prompted), Some(sent)) =
-                    (self.prompted.get_mut(&slot), self.sent.get_mut(&slot))
+                && self.delegated.contains_key(&slot)
+                && let (Some(confirmed), Some(sent)) =
+                    (self.confirmed.get_mut(&slot), self.sent.get_mut(&slot))
             {
-                let (ack, edge) = (prompted.confirmation.ack(), prompted.confirmation.edge());
-                prompted.confirmation = Confirmation::new(ack + 10, edge + 10);
+                let (ack, edge) = (confirmed.ack(), confirmed.edge());
+                *confirmed = Confirmation::new(ack + 10, edge + 10);
                 (sent.ack, sent.told, sent.told_edge) = (ack + 10, ack + 10, edge + 10);
             }
         }
@@ -364,15 +364,21 @@ pub(super) mod tests {
             true
         }
 
-        fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool {
-            self.prompted.insert(slot, prompted);
-            true
+        fn confirm_more(&mut self, slot: u32, confirmation: Confirmation) -> Confirmation {
+            let known = self.confirmed.entry(slot).or_default();
+            *known = known.with(confirmation);
+            *known
         }
 
-        fn prompted(&mut self, slot: u32) -> Confirmation {
-            let prompted = self.prompted.get(&slot).copied().unwrap_or_default();
+        fn confirmed(&mut self, slot: u32) -> Confirmation {
+            let confirmed = self.confirmed.get(&slot).copied().unwrap_or_default();
             self.goes_on(slot);
-            prompted.confirmation
+            confirmed
+        }
+
+        fn delegate(&mut self, slot: u32, delegated: Delegated) -> bool {
+            self.delegated.insert(slot, delegated);
+            true
         }
 
         fn prompted_at(&mut self) -> Nanos {

@@ -35,9 +35,7 @@ const STUCK: Nanos = 10 * SECOND;
 impl Flow {
     /// How long the client has waited for a word that the standby does not give, ns; 0 if it does not.
     fn stalled_for(&mut self, sent: &Sent, now: Nanos, fx: &mut impl GuardEffects) -> Nanos {
-        if before(self.confirmation.ack(), sent.ack) {
-            self.catch_up(fx);
-        }
+        self.catch_up(fx);
         let confirmed = self.confirmation.ack();
         if !matches!(self.phase, Phase::Guarded) || !before(confirmed, sent.ack) {
             self.stalled = None;
@@ -229,6 +227,8 @@ impl Guard {
 
 #[cfg(test)]
 mod tests {
+    use rfsis_common::ack_gate::Confirmation;
+
     use super::*;
     use crate::guard::late::tests::{Maps, guard, numbers, records};
     use crate::sync::Confirm;
@@ -256,6 +256,68 @@ mod tests {
             sack: Sack::default(),
         };
         guard.process_record(&Record::Confirm(confirm), ms * MS, maps);
+    }
+
+    /// As after 3 GiB, which the gate was told of by itself.
+    fn go_far(maps: &mut Maps, slot: u32) -> u32 {
+        let ack = 300_u32.wrapping_add(3 << 30);
+        maps.confirm(slot, Confirmation::new(ack, ack + 5_000));
+        let sent = maps.sent.get_mut(&slot).unwrap();
+        (sent.ack, sent.edge) = (ack, ack + 5_000);
+        (sent.told, sent.told_edge) = (ack, ack + 5_000);
+        ack
+    }
+
+    fn confirm_at(guard: &mut Guard, maps: &mut Maps, ms: Nanos, ack: u32) {
+        let confirm = Confirm {
+            flow: numbers().flow,
+            client_isn: 299,
+            ack,
+            edge: ack + 5_000,
+            sack: Sack::default(),
+        };
+        guard.process_record(&Record::Confirm(confirm), ms * MS, maps);
+    }
+
+    #[test]
+    fn what_the_standby_says_counts_after_more_bytes_than_numbers_tell_apart() {
+        let (mut guard, mut maps, flow) = waiting();
+        let slot = maps.guarded[&flow].slot;
+        let ack = go_far(&mut maps, slot);
+        maps.sent.get_mut(&slot).unwrap().ack = ack + 100;
+        confirm_at(&mut guard, &mut maps, 10, ack + 50);
+        assert_eq!(
+            maps.confirmed(slot),
+            Confirmation::new(ack + 50, ack + 5_050)
+        );
+        guard.poll(20 * MS, &mut maps);
+        assert!(guard.guards(flow), "the client was told of no more");
+        // Half of what is held waits still.
+        let told = poll(&mut guard, &mut maps, 1_000..3_500);
+        let asks =
+            |record: &Record| matches!(record, Record::Told { ack: told, .. } if *told == ack);
+        assert!(told.iter().any(asks), "{told:?}");
+    }
+
+    #[test]
+    fn a_flow_is_guarded_again_after_more_bytes_than_numbers_tell_apart() {
+        for far in [0, 3 << 30] {
+            let (mut guard, mut maps, flow) = waiting();
+            let slot = maps.guarded[&flow].slot;
+            guard.poll(2_000 * MS, &mut maps);
+            assert!(!guard.guards(flow), "the standby is silent");
+            let ack = 300_u32.wrapping_add(far);
+            let sent = maps.sent.get_mut(&slot).unwrap();
+            (sent.ack, sent.edge) = (ack, ack + 5_000);
+            (sent.told, sent.told_edge) = (ack, ack + 5_000);
+            guard.heard(2_001 * MS, &mut maps);
+            // Long ago.
+            confirm_at(&mut guard, &mut maps, 2_001, ack.wrapping_sub(1 << 30));
+            assert!(!guard.guards(flow), "{far}: the standby lacks a GiB");
+            confirm_at(&mut guard, &mut maps, 2_002, ack);
+            assert!(guard.guards(flow), "{far}");
+            assert_eq!(maps.confirmed(slot), Confirmation::new(ack, ack + 5_000));
+        }
     }
 
     /// Polls for so long (flows are looked at from the first second on), with a standby that is heard; gives what it is told.

@@ -4,7 +4,7 @@ use rfsis_common::ack_gate::{Agreed, Guarded, OpeningKind, Sent};
 use rfsis_common::agree::{
     AgreePeer, Answer, AnswerWords, MAGIC, Pending, SYN_ACK_MAX, TcpHeader, digest, write_checksum,
 };
-use rfsis_common::prompt::Prompted;
+use rfsis_common::prompt::Delegated;
 
 use super::*;
 
@@ -132,7 +132,7 @@ impl Maps {
         let index = slot as usize;
         self.sent[index] = begun;
         self.confirmed[index] = begun.everything();
-        self.prompted[index] = Prompted::new(answer.client_isn, begun.everything());
+        self.delegated[index] = Delegated::of(answer.client_isn);
         let guarded = Guarded {
             slot,
             client_isn: answer.client_isn,

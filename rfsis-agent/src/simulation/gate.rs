@@ -7,7 +7,7 @@ use rfsis_common::ack_gate::{
 use rfsis_common::agree::Pending;
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
-use rfsis_common::prompt::{PromptPeer, PromptSeen, Prompted, acknowledgement};
+use rfsis_common::prompt::{Delegated, PromptPeer, PromptSeen, acknowledgement};
 
 use super::*;
 use crate::fault::faulty;
@@ -25,7 +25,7 @@ pub(crate) struct Maps {
     pub(crate) copied: bool,
     pub(crate) guarded: HashMap<FlowKey, Guarded>,
     pub(crate) confirmed: Vec<Confirmation>,
-    pub(crate) prompted: Vec<Prompted>,
+    pub(crate) delegated: Vec<Delegated>,
     pub(crate) prompted_at: Nanos,
     /// From whom prompt datagrams are taken, and which came already.
     pub(crate) prompt_peer: PromptPeer,
@@ -57,7 +57,7 @@ impl Default for Maps {
             copied: false,
             guarded: HashMap::default(),
             confirmed: vec![Confirmation::default(); slots(SLOTS)],
-            prompted: vec![Prompted::default(); slots(SLOTS)],
+            delegated: vec![Delegated::default(); slots(SLOTS)],
             prompted_at: 0,
             prompt_peer: PromptPeer::default(),
             seen: PromptSeen::default(),
@@ -82,7 +82,7 @@ impl GuardEffects for Maps {
 
     fn start(&mut self, slot: u32, sent: Sent) -> bool {
         self.sent[slot as usize] = sent;
-        self.prompted[slot as usize] = Prompted::default();
+        self.delegated[slot as usize] = Delegated::default();
         true
     }
 
@@ -113,15 +113,23 @@ impl GuardEffects for Maps {
         true
     }
 
-    fn delegate(&mut self, slot: u32, prompted: Prompted) -> bool {
-        self.prompted[slot as usize] = prompted;
-        true
+    fn confirm_more(&mut self, slot: u32, confirmation: Confirmation) -> Confirmation {
+        let known = &mut self.confirmed[slot as usize];
+        *known = known.with(confirmation);
+        let all = *known;
+        self.take_one();
+        all
     }
 
-    fn prompted(&mut self, slot: u32) -> Confirmation {
-        let found = self.prompted[slot as usize].confirmation;
+    fn confirmed(&mut self, slot: u32) -> Confirmation {
+        let found = self.confirmed[slot as usize];
         self.take_one();
         found
+    }
+
+    fn delegate(&mut self, slot: u32, delegated: Delegated) -> bool {
+        self.delegated[slot as usize] = delegated;
+        true
     }
 
     fn prompted_at(&mut self) -> u64 {
@@ -159,10 +167,6 @@ impl GuardEffects for Maps {
 }
 
 impl Maps {
-    fn confirmation(&self, slot: usize) -> Confirmation {
-        self.confirmed[slot].with(self.prompted[slot].confirmation)
-    }
-
     /// A prompt datagram came in.
     pub(crate) fn receive_prompt(&mut self, until: Nanos, datagram: Vec<u8>) {
         self.incoming.push_back((until, datagram));
@@ -218,14 +222,16 @@ impl Maps {
         let Some(guarded) = self.guarded.get(&confirm.flow) else {
             return false;
         };
-        let prompted = &mut self.prompted[guarded.slot as usize];
-        if prompted.client_isn != confirm.client_isn
-            || prompted.confirmation == Confirmation::default()
+        let slot = guarded.slot as usize;
+        let fresh = Confirmation::new(confirm.ack, confirm.edge);
+        let (known, all) = (self.confirmed[slot], self.confirmed[slot].with(fresh));
+        if !self.delegated[slot].takes(confirm.client_isn)
+            || known == Confirmation::default()
+            || all.is_open()
         {
             return false;
         }
-        let fresh = Confirmation::new(confirm.ack, confirm.edge);
-        prompted.confirmation = prompted.confirmation.with(fresh);
+        self.confirmed[slot] = all;
         true
     }
 
@@ -234,7 +240,7 @@ impl Maps {
             return;
         };
         let slot = guarded.slot as usize;
-        let confirmed = self.confirmation(slot);
+        let confirmed = self.confirmed[slot];
         if confirmed.is_open() {
             return;
         }
@@ -324,7 +330,7 @@ impl Maps {
         packet: &[u8],
     ) -> (AckGateVerdict, Option<Vec<u8>>) {
         let slot = guarded.slot as usize;
-        let confirmation = self.confirmation(slot);
+        let confirmation = self.confirmed[slot];
         let sent = &mut self.sent[slot];
         sent.at_ns = self.now;
         sent.version = sent.version.wrapping_add(2);

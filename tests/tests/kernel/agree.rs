@@ -233,7 +233,7 @@ fn the_active_lets_a_syn_ack_go_that_the_standbys_kernel_answers_and_guards_the_
             assert_eq!(event.agreed(), Some(agreed));
             assert!(node.maps.is_published(&FLOW));
             let begun = Sent::new(FIRST - 1, NEXT - 1, WINDOW);
-            assert_eq!(node.maps.prompted(SLOT), begun.everything());
+            assert_eq!(node.maps.confirmed(SLOT), begun.everything());
             let sent = node.maps.sent(SLOT).unwrap();
             assert_eq!((sent.ack, sent.told_edge), (begun.ack, begun.told_edge));
             assert!(now_ns() - sent.at_ns < 1_000_000_000);

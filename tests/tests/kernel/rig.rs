@@ -238,7 +238,7 @@ impl Rig {
             if known.guarded.slot < GUARD.slots {
                 self.guard.reset(known.guarded.slot, known.sent).unwrap();
                 let slot = known.guarded.slot;
-                self.guard.confirm(slot, known.confirmation).unwrap();
+                assert!(self.guard.confirm(slot, known.confirmation));
             }
             self.guard.publish(FLOW, known.guarded).unwrap();
         }
