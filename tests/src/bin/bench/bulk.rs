@@ -14,7 +14,9 @@ use crate::site::{Site, pin_client};
 
 /// How long a load runs before it is measured, and while it is.
 const WARM_UP: Duration = Duration::from_millis(300);
-const SPAN: Duration = Duration::from_millis(1500);
+const SPAN: Duration = Duration::from_millis(2500);
+/// Then every connection moves within this: one that has got stuck in between is not slow, but broken.
+const GOES_ON: Duration = Duration::from_secs(1);
 /// After the connections are closed, until the next load.
 const SETTLE: Duration = Duration::from_millis(200);
 /// Bytes per call.
@@ -119,6 +121,12 @@ fn observe(site: &Site, moved: &[AtomicU64]) -> Result<Bulk> {
         "a connection stood still for {elapsed:?}: bytes of each {:?}",
         each.collect::<Vec<_>>()
     );
+    let moves = || bytes().zip(&bytes_after).all(|(now, then)| now > *then);
+    let limit = Instant::now() + GOES_ON;
+    while !moves() {
+        ensure!(Instant::now() < limit, "a connection got stuck");
+        std::thread::sleep(GOES_ON / 100);
+    }
     Ok(Bulk {
         gigabits: each.sum::<u64>() as f64 * 8.0 / 1e9 / elapsed.as_secs_f64(),
         usage,

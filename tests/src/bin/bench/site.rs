@@ -101,6 +101,18 @@ impl Site {
         Ok(site)
     }
 
+    /// What paces the connections that begin from now on, at both ends.
+    ///
+    /// # Errors
+    /// When the kernel does not know it.
+    pub fn set_congestion_control(&self, name: &str) -> Result<()> {
+        for host in Host::ALL {
+            let host = self.lab.host(host);
+            host.sysctl("ipv4/tcp_congestion_control", name)?;
+        }
+        Ok(())
+    }
+
     /// The active node's agent.
     pub fn active(&self) -> Option<&Agent> {
         match &self.server {
