@@ -20,6 +20,8 @@
 
 mod half_open;
 mod late;
+#[cfg(test)]
+mod mock;
 mod opening;
 mod time;
 

@@ -101,89 +101,20 @@ impl Guard {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{HashMap, HashSet};
     use std::net::Ipv4Addr;
 
-    use rfsis_common::ack_gate::{Confirmation, Guarded, OpeningKind, Sent};
+    use rfsis_common::ack_gate::OpeningKind;
     use smoltcp::phy::ChecksumCapabilities;
     use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber};
 
     use super::*;
     use crate::guard::GuardConfig;
+    use crate::guard::mock::Maps;
     use crate::wire::{bare_repr, emit_packet};
-    use rfsis_common::prompt::Delegated;
 
     const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
     const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
     const MAX_FLOWS: usize = 100;
-
-    #[derive(Default)]
-    struct World {
-        published: HashSet<FlowKey>,
-        sent: HashMap<u32, Sent>,
-        runs: HashSet<FlowKey>,
-    }
-
-    impl GuardEffects for World {
-        fn set_guarding(&mut self, _on: bool) {}
-
-        fn start(&mut self, slot: u32, sent: Sent) -> bool {
-            self.sent.insert(slot, sent);
-            true
-        }
-
-        fn publish(&mut self, flow: FlowKey, _guarded: Guarded) -> bool {
-            self.published.insert(flow)
-        }
-
-        fn withdraw(&mut self, flow: FlowKey) {
-            self.published.remove(&flow);
-        }
-
-        fn lend(&mut self, _slot: u32) -> bool {
-            true
-        }
-
-        fn kept(&mut self, _flow: FlowKey) -> Option<rfsis_common::agree::Pending> {
-            None
-        }
-
-        fn claim(&mut self, _flow: FlowKey) -> bool {
-            false
-        }
-
-        fn confirm(&mut self, _slot: u32, _confirmation: Confirmation) -> bool {
-            true
-        }
-
-        fn confirm_more(&mut self, _slot: u32, confirmation: Confirmation) -> Confirmation {
-            confirmation
-        }
-
-        fn confirmed(&mut self, _slot: u32) -> Confirmation {
-            Confirmation::default()
-        }
-
-        fn delegate(&mut self, _slot: u32, _delegated: Delegated) -> bool {
-            true
-        }
-
-        fn prompted_at(&mut self) -> Nanos {
-            0
-        }
-
-        fn sent(&mut self, slot: u32) -> Option<Sent> {
-            self.sent.get(&slot).copied()
-        }
-
-        fn send(&mut self, _packet: &[u8]) {}
-
-        fn runs(&mut self, flow: FlowKey) -> bool {
-            self.runs.contains(&flow)
-        }
-
-        fn take_snapshot(&mut self, _flow: FlowKey, _join: u32) {}
-    }
 
     fn key(port: u16) -> FlowKey {
         FlowKey {
@@ -194,12 +125,12 @@ mod tests {
     }
 
     /// The kernel answers a SYN from this port; no standby is there.
-    fn opens(guard: &mut Guard, world: &mut World, port: u16, now: Nanos) {
+    fn opens(guard: &mut Guard, maps: &mut Maps, port: u16, now: Nanos) {
         let mut packet = |from, to, repr: &TcpRepr<'_>, kind| {
             let mut bytes = Vec::new();
             let caps = ChecksumCapabilities::default();
             emit_packet(&mut bytes, from, to, repr, &caps);
-            guard.process_opening(&bytes, kind, now, world);
+            guard.process_opening(&bytes, kind, now, maps);
         };
         let syn = TcpRepr {
             seq_number: TcpSeqNumber(1_000),
@@ -215,7 +146,7 @@ mod tests {
     }
 
     /// An active node without a standby, with a connection of each port below 10 and a full table of handshakes.
-    fn flooded() -> (Guard, World) {
+    fn flooded() -> (Guard, Maps) {
         let mut guard = Guard::new(GuardConfig {
             vip: VIP,
             timeout: SECOND,
@@ -223,49 +154,49 @@ mod tests {
             idle_timeout: 7_200 * SECOND,
             copied: true,
         });
-        let mut world = World::default();
+        let mut maps = Maps::default();
         guard.go_active(0);
         for port in 0..MAX_FLOWS as u16 {
-            opens(&mut guard, &mut world, port, 0);
+            opens(&mut guard, &mut maps, port, 0);
         }
-        world.runs.extend((0..10).map(key));
-        assert_eq!(world.published.len(), MAX_FLOWS);
-        (guard, world)
+        maps.running = Some((0..10).map(key).collect());
+        assert_eq!(maps.guarded.len(), MAX_FLOWS);
+        (guard, maps)
     }
 
-    fn of_connections(world: &World) -> usize {
-        world.runs.intersection(&world.published).count()
+    fn of_connections(maps: &mut Maps) -> usize {
+        let flows: Vec<FlowKey> = maps.guarded.keys().copied().collect();
+        flows.into_iter().filter(|flow| maps.runs(*flow)).count()
     }
 
     #[test]
     fn handshakes_make_room_for_others_and_connections_do_not() {
-        let (mut guard, mut world) = flooded();
+        let (mut guard, mut maps) = flooded();
         for port in 1_000..1_200 {
-            opens(&mut guard, &mut world, port, SECOND);
-            assert!(world.published.contains(&key(port)), "{port}");
-            assert!(world.published.len() <= MAX_FLOWS);
+            opens(&mut guard, &mut maps, port, SECOND);
+            assert!(maps.guarded.contains_key(&key(port)), "{port}");
+            assert!(maps.guarded.len() <= MAX_FLOWS);
         }
-        assert_eq!((of_connections(&world), guard.census().refused), (10, 0));
+        assert_eq!((of_connections(&mut maps), guard.census().refused), (10, 0));
         // Where all are connections there is no room.
-        world.runs.extend(world.published.iter().copied());
+        maps.running = None;
         while guard.census().exposed < MAX_FLOWS {
             let port = 2_000 + guard.census().exposed as u16;
-            opens(&mut guard, &mut world, port, SECOND);
-            world.runs.insert(key(port));
+            opens(&mut guard, &mut maps, port, SECOND);
         }
-        opens(&mut guard, &mut world, 9_000, SECOND);
+        opens(&mut guard, &mut maps, 9_000, SECOND);
         assert_eq!(guard.census().refused, 1);
     }
 
     #[test]
     fn handshakes_end_when_the_kernel_has_given_them_up_and_the_standby_hears_it() {
-        let (mut guard, mut world) = flooded();
-        guard.poll(GIVEN_UP, &mut world);
-        assert_eq!(world.published.len(), MAX_FLOWS);
+        let (mut guard, mut maps) = flooded();
+        guard.poll(GIVEN_UP, &mut maps);
+        assert_eq!(maps.guarded.len(), MAX_FLOWS);
         for tick in 1..10 {
-            guard.poll(GIVEN_UP + tick * SECOND, &mut world);
+            guard.poll(GIVEN_UP + tick * SECOND, &mut maps);
         }
-        assert_eq!((world.published.len(), of_connections(&world)), (10, 10));
+        assert_eq!((maps.guarded.len(), of_connections(&mut maps)), (10, 10));
         let mut records = Vec::new();
         guard.take_records(&mut records);
         let closed = records.iter().filter(|r| matches!(r, Record::Close { .. }));
@@ -275,11 +206,11 @@ mod tests {
     /// It has said something, so its client has answered: what is left of it ends in another way.
     #[test]
     fn a_connection_that_has_spoken_is_no_handshake() {
-        let (guard, mut world) = flooded();
-        assert!(guard.is_half_open(key(50), &mut world));
-        for sent in world.sent.values_mut() {
+        let (guard, mut maps) = flooded();
+        assert!(guard.is_half_open(key(50), &mut maps));
+        for sent in maps.sent.values_mut() {
             sent.version = 2;
         }
-        assert!(!guard.is_half_open(key(50), &mut world));
+        assert!(!guard.is_half_open(key(50), &mut maps));
     }
 }

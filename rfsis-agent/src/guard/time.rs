@@ -230,7 +230,8 @@ mod tests {
     use rfsis_common::ack_gate::Confirmation;
 
     use super::*;
-    use crate::guard::late::tests::{Maps, guard, numbers, records};
+    use crate::guard::late::tests::{guard, numbers, records};
+    use crate::guard::mock::Maps;
     use crate::sync::Confirm;
 
     /// A flow that is guarded, and a segment behind what the standby has confirmed.
