@@ -1,34 +1,33 @@
 //! The shadow thread: frames from the ring to the [`Flows`] and [`Datagrams`], and what live shadows say to
 //! the wire.
 
+mod effects;
+mod rest;
+
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
-use rfsis_common::maps::{Direction, FlowKey, FrameHeader, HeldEvent, State, frame_flags};
-use rfsis_common::verdict::{ACK_FRAME, BARE_FRAME, patience};
-use tokio::sync::mpsc::error::TrySendError;
+use rfsis_common::maps::{Direction, FrameHeader, HeldEvent, State, frame_flags};
 
-use crate::adopt::{self, Adopted, Numbers, OpenFlows, Unfinished};
-use crate::bpf::{Approvals, LiveFlows, LostFlows, RestWriter};
+use crate::bpf::LostFlows;
 use crate::datagrams::{self, Datagrams};
 use crate::flows::{Effects, Flows, TakeoverReport};
 use crate::heartbeat::{MacAddr, Nanos};
 use crate::link::Link;
-use crate::metrics::{AdoptionResult, FlowCondition, FrameResult, Metrics, ResetReason};
+use crate::metrics::{FlowCondition, FrameResult, Metrics, ResetReason};
 use crate::relay::Relay;
-use crate::segment;
 use crate::shared::Shared;
-use crate::sys::{self, PacketSocket, RawIpSocket};
-use crate::tcp_repair;
-use crate::warm::Warmer;
+use crate::sys::{self, PacketSocket};
+
+pub use effects::{KernelEffects, Restored};
+pub use rest::Rest;
 
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
@@ -131,132 +130,6 @@ pub fn commands() -> nix::Result<(EngineHandle, Inbox)> {
     ))
 }
 
-/// What the shadow thread does to the world: sockets and maps.
-#[derive(Debug)]
-pub struct KernelEffects {
-    /// Sends for live shadows.
-    pub socket: RawIpSocket,
-    /// Flows whose FIN and RST may leave.
-    pub approvals: Approvals,
-    /// Flows that live on a shadow.
-    pub live_flows: LiveFlows,
-    /// Clients whose next hop is to be kept resolved.
-    pub warmer: Warmer,
-    /// Takes connections that are the kernel's now.
-    pub adopted: tokio::sync::mpsc::Sender<Vec<Adopted>>,
-    /// Those that are to be handed over together: to wake another thread takes as long as to make a socket.
-    pub handed_over: Vec<Adopted>,
-    /// Those of them that are open.
-    pub open: OpenFlows,
-    /// The node's state; what was seen of it last is the epoch of the live shadows.
-    pub epoch: tokio::sync::watch::Receiver<State>,
-    /// Counters.
-    pub metrics: Arc<Metrics>,
-}
-
-/// A kernel socket made of a shadow, and since when, ns.
-#[derive(Debug)]
-pub struct Restored {
-    socket: std::net::TcpStream,
-    since: Nanos,
-}
-
-impl KernelEffects {
-    /// Hands what was adopted over to its services.
-    fn give_to_services(&mut self) {
-        if self.handed_over.is_empty() {
-            return;
-        }
-        match self.adopted.try_reserve() {
-            Ok(room) => room.send(std::mem::take(&mut self.handed_over)),
-            // With the next ones.
-            Err(TrySendError::Full(())) => {}
-            // The agent ends: the sockets' FINs meet a closed gate.
-            Err(TrySendError::Closed(())) => self.handed_over.clear(),
-        }
-    }
-
-    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now.
-    ///
-    /// Frames that came later were with the kernel before: where they have ended the connection, the kernel
-    /// would answer this one by a reset, and that may hit a client that has not read all.
-    fn pass_on_if_adopted(&self, packet: &[u8]) {
-        let parsed = segment::parse_headers(packet, Direction::ToVip);
-        if parsed.is_ok_and(|(flow, _)| self.open.contains(&flow)) {
-            self.pass_on(packet);
-        }
-    }
-
-    /// Hands the kernel a packet that came in while it was not to have it. From a raw socket to an own address
-    /// it goes through the loopback device, past the programs.
-    fn pass_on(&self, packet: &[u8]) {
-        let sent = adopt::for_the_kernel(packet).map(|packet| self.socket.send(&packet));
-        // As good as lost on its way: the client repeats it.
-        if matches!(sent, Some(Err(_))) {
-            self.metrics.shadow_send_failures.inc();
-        }
-    }
-}
-
-impl Effects for KernelEffects {
-    type Socket = Restored;
-
-    fn may_adopt(&self) -> bool {
-        self.handed_over.is_empty()
-    }
-
-    fn restore(&mut self, numbers: &Numbers) -> Option<Restored> {
-        let since = sys::monotonic();
-        match tcp_repair::restore(numbers) {
-            Ok(socket) => Some(Restored { socket, since }),
-            Err(error) => {
-                self.metrics.adoptions.inc(AdoptionResult::Failed);
-                tracing::warn!(%error, "the kernel does not adopt a connection: it stays on its shadow");
-                None
-            }
-        }
-    }
-
-    fn adopt(&mut self, flow: FlowKey, restored: Restored, unfinished: Unfinished) {
-        self.handed_over.push(Adopted {
-            socket: restored.socket,
-            flow,
-            unfinished,
-            epoch: self.epoch.clone(),
-            entry: self.open.enter(flow),
-        });
-        self.metrics.adoptions.inc(AdoptionResult::Adopted);
-        let took = sys::monotonic().saturating_sub(restored.since);
-        self.metrics.adoption_duration.observe(took as f64 / 1e9);
-    }
-
-    fn send(&mut self, packet: &[u8]) {
-        // Not sent is as good as lost: TCP repeats it.
-        if self.socket.send(packet).is_err() {
-            self.metrics.shadow_send_failures.inc();
-        }
-    }
-
-    fn approve(&mut self, flow: FlowKey) {
-        if let Err(error) = self.approvals.approve(flow) {
-            tracing::warn!(%error, "cannot approve a flow: its FIN is held until it is repeated");
-        }
-    }
-
-    fn protect(&mut self, flow: FlowKey) -> bool {
-        self.live_flows.insert(flow).is_ok()
-    }
-
-    fn release(&mut self, flow: FlowKey) {
-        // Not there is as good as removed.
-        let _ = self.live_flows.remove(&flow);
-    }
-
-    fn warm(&mut self, client: Ipv4Addr) {
-        self.warmer.warm(client, Instant::now());
-    }
-}
-
 /// What became of the flows at a takeover.
 #[derive(Clone, Debug)]
 pub struct FlowsTookOver {
@@ -264,62 +137,6 @@ pub struct FlowsTookOver {
     pub report: TakeoverReport,
     /// From the command to the last flow's first packet, ns.
     pub duration: Nanos,
-}
-
-/// Whether the thread rests, and the programs' knowledge of it.
-#[derive(Debug)]
-pub struct Rest {
-    map: RestWriter,
-    /// For how long it is to rest for what it has read, ns; 0 if nothing.
-    due: Nanos,
-    /// Connections open: of these there is more to come.
-    opens: bool,
-    told: bool,
-}
-
-impl Rest {
-    /// Awake.
-    pub fn new(map: RestWriter) -> Self {
-        Self {
-            map,
-            due: 0,
-            opens: false,
-            told: false,
-        }
-    }
-
-    /// A frame of `len` bytes was read: others that follow it, to be woken for each of which costs more than to read
-    /// it, may wait as long as it might have.
-    fn note(&mut self, len: u32) {
-        let patience = patience(len);
-        self.opens |= len > ACK_FRAME && len <= BARE_FRAME;
-        self.due = match self.due {
-            0 => patience,
-            due => due.min(patience),
-        };
-    }
-
-    /// To be called before the thread waits; gives when it has to look at the ring by itself, ns. What
-    /// arrived before the programs heard of it lies in the ring, and who waits for a ring with something
-    /// in it does not wait.
-    fn begin(&mut self, may_rest: bool, now: Nanos) -> Nanos {
-        // Bare acknowledgements alone are those of a download: too many together would take long.
-        let most = if std::mem::take(&mut self.opens) {
-            patience(BARE_FRAME)
-        } else {
-            patience(BARE_FRAME + 1)
-        };
-        let due = std::mem::take(&mut self.due).min(most);
-        let rests = due > 0 && may_rest;
-        let until = if rests { now + due } else { 0 };
-        if rests || self.told {
-            match self.map.write(until) {
-                Ok(()) => self.told = rests,
-                Err(error) => tracing::warn!(%error, "cannot rest"),
-            }
-        }
-        if rests { until } else { Nanos::MAX }
-    }
 }
 
 /// Everything the thread works with.
