@@ -8,7 +8,8 @@ use smoltcp::phy::{
 };
 use smoltcp::time::Instant;
 use smoltcp::wire::{
-    IpAddress, IpProtocol, Ipv4Address, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
+    IPV4_HEADER_LEN, IpAddress, IpProtocol, Ipv4Address, Ipv4Packet, Ipv4Repr, TcpControl,
+    TcpPacket, TcpRepr,
 };
 
 use crate::heartbeat::Nanos;
@@ -22,8 +23,10 @@ pub fn instant(now: Nanos) -> Instant {
 #[derive(Debug)]
 pub struct Wire {
     mtu: usize,
+    /// Never shorter than it was: what is cut off would be cleared when it comes back.
     input: Vec<u8>,
-    has_input: bool,
+    /// Bytes of the packet in it that was not received yet.
+    loaded: Option<usize>,
     output: VecDeque<Vec<u8>>,
     spare: Vec<Vec<u8>>,
 }
@@ -33,8 +36,8 @@ impl Wire {
     pub fn new(mtu: usize) -> Self {
         Self {
             mtu,
-            input: Vec::with_capacity(mtu),
-            has_input: false,
+            input: vec![0; mtu],
+            loaded: None,
             output: VecDeque::new(),
             spare: Vec::new(),
         }
@@ -43,8 +46,12 @@ impl Wire {
     /// Writes the packet that the next `receive` hands in. Checksums stay empty: the segment was
     /// verified when it was parsed.
     pub fn load(&mut self, from: Ipv4Address, to: Ipv4Address, tcp: &TcpRepr<'_>) {
-        emit_packet(&mut self.input, from, to, tcp, &unchecked());
-        self.has_input = true;
+        let len = packet_len(tcp);
+        if self.input.len() < len {
+            self.input.resize(len, 0);
+        }
+        emit(&mut self.input[..len], from, to, tcp, &unchecked());
+        self.loaded = Some(len);
     }
 
     /// Takes the oldest packet that the stack sent. Give it back with [`Wire::recycle`].
@@ -76,6 +83,22 @@ pub fn emit_packet(
     tcp: &TcpRepr<'_>,
     caps: &ChecksumCapabilities,
 ) {
+    buffer.resize(packet_len(tcp), 0);
+    emit(buffer, from, to, tcp, caps);
+}
+
+fn packet_len(tcp: &TcpRepr<'_>) -> usize {
+    IPV4_HEADER_LEN + tcp.buffer_len()
+}
+
+/// As [`emit_packet`]; `buffer` is as long as the packet.
+fn emit(
+    buffer: &mut [u8],
+    from: Ipv4Address,
+    to: Ipv4Address,
+    tcp: &TcpRepr<'_>,
+    caps: &ChecksumCapabilities,
+) {
     let ip = Ipv4Repr {
         src_addr: from,
         dst_addr: to,
@@ -83,11 +106,9 @@ pub fn emit_packet(
         payload_len: tcp.buffer_len(),
         hop_limit: 64,
     };
-    let header = ip.buffer_len();
-    buffer.resize(header + tcp.buffer_len(), 0);
     ip.emit(&mut Ipv4Packet::new_unchecked(&mut buffer[..]), caps);
     tcp.emit(
-        &mut TcpPacket::new_unchecked(&mut buffer[header..]),
+        &mut TcpPacket::new_unchecked(&mut buffer[IPV4_HEADER_LEN..]),
         &IpAddress::Ipv4(from),
         &IpAddress::Ipv4(to),
         caps,
@@ -117,11 +138,9 @@ impl Device for Wire {
     type TxToken<'a> = Transmit<'a>;
 
     fn receive(&mut self, _now: Instant) -> Option<(Received<'_>, Transmit<'_>)> {
-        if !std::mem::take(&mut self.has_input) {
-            return None;
-        }
+        let len = self.loaded.take()?;
         Some((
-            Received(&self.input),
+            Received(&self.input[..len]),
             Transmit {
                 output: &mut self.output,
                 spare: &mut self.spare,

@@ -54,7 +54,7 @@ impl Shadow {
             self.claimed = None;
             self.disbelieved = 0;
             self.ahead = Some(self.ahead.map_or(claimed, |known| later(known, claimed)));
-            self.pump(cx);
+            self.pump(&[], cx);
         }
         if self.lost_since.is_some_and(|since| since < cx.now)
             && self.active_ack == self.held_next()
@@ -119,7 +119,7 @@ impl Shadow {
             self.closed_second = self.fin_at == Some(self.taken);
             self.source = Source::Active { complete: true };
         }
-        self.pump(cx);
+        self.pump(&[], cx);
     }
 }
 

@@ -108,7 +108,7 @@ impl Shadow {
     /// The handler goes on here.
     pub fn wake(&mut self, cx: &mut Context<'_>) {
         self.resting = false;
-        self.pump(cx);
+        self.pump(&[], cx);
     }
 
     /// How far the client has acknowledged.

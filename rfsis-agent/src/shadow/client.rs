@@ -50,14 +50,19 @@ impl Shadow {
             self.hole = None;
             self.ahead_since = None;
         }
-        let mut delivered = false;
+        let (mut delivered, mut fresh) = (false, &[][..]);
         // In SYN-RECEIVED and with a closed window smoltcp would not look at an ACK behind data.
         if self.state() == State::SynReceived {
             self.feed(TcpControl::None, ack, &[], cx);
             delivered = true;
         }
         if !segment.payload.is_empty() {
+            let before = self.taken;
             delivered |= self.take_payload(start, end, segment.payload, ack, cx);
+            if self.taken > before {
+                let at = |offset: u64| (offset as i64 - start) as usize;
+                fresh = &segment.payload[at(before)..at(self.taken)];
+            }
         }
         if segment.fin {
             if self.fin_at.is_none() && end >= self.held as i64 {
@@ -80,7 +85,7 @@ impl Shadow {
         if !delivered && (duplicate || before_ack != (ack, self.client_edge)) {
             self.feed(TcpControl::None, ack, &[], cx);
         }
-        self.pump(cx);
+        self.pump(fresh, cx);
         if self.live && (self.ahead_stays(cx.now) || self.hole_stays(cx.now)) {
             self.give_up(cx);
         }
@@ -254,24 +259,24 @@ impl Shadow {
     }
 
     /// Moves everything that can move: input to the handler, output to the send buffer, stored
-    /// bytes and acknowledgements to smoltcp, until nothing does.
-    pub(super) fn pump(&mut self, cx: &mut Context<'_>) {
+    /// bytes and acknowledgements to smoltcp, until nothing does. `fresh`: what smoltcp has just been fed, last.
+    pub(super) fn pump(&mut self, mut fresh: &[u8], cx: &mut Context<'_>) {
         loop {
-            let mut moved = self.run_handler(cx);
+            let mut moved = self.run_handler(&mut fresh, cx);
             moved |= self.catch_up(cx);
             while let Some((start, data)) = self.reorder.pop_until(self.taken) {
                 cx.room += data.len();
                 let skip = (self.taken - start).min(data.len() as u64) as usize;
-                let fresh = &data[skip..];
-                if fresh.is_empty() {
+                let stored = &data[skip..];
+                if stored.is_empty() {
                     continue;
                 }
-                let accepted = self.feed_data(fresh, self.una, cx);
+                let accepted = self.feed_data(stored, self.una, cx);
                 moved |= accepted > 0;
-                if accepted < fresh.len() {
+                if accepted < stored.len() {
                     // There was room for these bytes a moment ago.
                     self.reorder
-                        .insert(self.taken, &fresh[accepted..], usize::MAX);
+                        .insert(self.taken, &stored[accepted..], usize::MAX);
                     break;
                 }
             }
@@ -306,8 +311,9 @@ impl Shadow {
         moved
     }
 
-    /// Runs the handler until it neither takes nor writes. Returns whether it did.
-    pub(super) fn run_handler(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Runs the handler until it neither takes nor writes. Returns whether it did. `fresh`: the last bytes that were fed;
+    /// where nothing else waits for the handler they need not be copied out of smoltcp.
+    fn run_handler(&mut self, fresh: &mut &[u8], cx: &mut Context<'_>) -> bool {
         let mut moved = false;
         if self.resting {
             return moved;
@@ -315,8 +321,14 @@ impl Shadow {
         loop {
             let socket = self.sockets.get_mut::<Socket<'static>>(self.socket);
             let queued = socket.recv_queue();
-            let offered = socket.peek_slice(cx.scratch).unwrap_or(0);
-            let input = &cx.scratch[..offered];
+            let input = if queued == fresh.len() {
+                *fresh
+            } else {
+                *fresh = &[];
+                let offered = socket.peek_slice(cx.scratch).unwrap_or(0);
+                &cx.scratch[..offered]
+            };
+            let offered = input.len();
             let eof = self.fin_at == Some(self.taken) && offered == queued;
             let (consumed, produced) = match &mut self.source {
                 Source::Handler(handler) if !self.closed_output => {
@@ -341,6 +353,7 @@ impl Shadow {
                 }
                 _ => (offered, 0),
             };
+            *fresh = fresh.get(consumed..).unwrap_or_default();
             let mut rest = consumed;
             while rest > 0 {
                 let Ok(count) = socket.recv(|data| {

@@ -103,7 +103,7 @@ impl Shadow {
 
     /// Goes on where the standby stopped: whatever can move without a new segment.
     pub fn resume(&mut self, cx: &mut Context<'_>) {
-        self.pump(cx);
+        self.pump(&[], cx);
     }
 
     /// Collects everything that the live shadow has to send now.

@@ -19,14 +19,10 @@ const KEPT_MOST: usize = 16_384;
 
 thread_local! {
     /// What shadows of this thread have left behind.
-    static SPARE: RefCell<Vec<Memory>> = const { RefCell::new(Vec::new()) };
+    static SPARE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Room for a receive and a send buffer.
-#[derive(Debug)]
-struct Memory(Box<[u8]>);
-
-/// The same, lent to a socket.
+/// Room for a receive and a send buffer, lent to a socket.
 #[derive(Debug)]
 pub(super) struct Lent {
     memory: NonNull<[u8]>,
@@ -40,7 +36,7 @@ impl Lent {
     /// From those that were left behind, or new.
     pub(super) fn take() -> Self {
         let spare = SPARE.with_borrow_mut(Vec::pop);
-        let Memory(bytes) = spare.unwrap_or_else(|| Memory(vec![0; 2 * BUFFER].into_boxed_slice()));
+        let bytes = spare.unwrap_or_else(|| vec![0; 2 * BUFFER].into_boxed_slice());
         Self {
             memory: NonNull::from(Box::leak(bytes)),
             used: 0,
@@ -66,7 +62,7 @@ impl Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         // SAFETY: it was leaked from a `Box` by `take`, and the buffers are gone.
-        let memory = Memory(unsafe { Box::from_raw(self.memory.as_ptr()) });
+        let memory = unsafe { Box::from_raw(self.memory.as_ptr()) };
         if self.used <= KEPT_USE {
             // Fails where the thread is about to end.
             let _ = SPARE.try_with(|spare| {

@@ -49,7 +49,6 @@ use crate::segment::Options;
 use crate::sync::{Confirm, Open, Sack};
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
-
 use memory::Lent;
 
 pub use adoption::{Readiness, Shell};
