@@ -23,7 +23,7 @@
 //!    24      4    client's initial sequence number
 //!    28      4    active's initial sequence number
 //!    32      8    digest of both handshake segments
-//!    40     16    SipHash-2-4-128 over all before it, with zeros where it is not read
+//!    40     16    SipHash-2-4-128 over all before it, with zeros for what a device may write
 //! ```
 //!
 //! It needs no sequence: it counts for this very SYN-ACK, and that is let go once. The digest shows that the standby
