@@ -42,6 +42,57 @@ pub const MAX_LEN: usize = len_of(MAX_RECORDS);
 /// A datagram in memory, in words, for the hash.
 pub type Words = [u64; MAX_LEN / 8];
 
+/// From where and to where a datagram between the nodes goes, and what it begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// IPv4 address of the sender, host byte order.
+    pub from: u32,
+    /// IPv4 address of the receiver, host byte order.
+    pub to: u32,
+    /// UDP port of both.
+    pub port: u32,
+    /// First bytes of the payload.
+    pub magic: [u8; 4],
+    /// The next.
+    pub version: u8,
+}
+
+/// Where the EtherType stands in a frame, and how many bytes there are from there up to the version of a datagram,
+/// behind IPv4 without options, and UDP.
+pub const HEAD_AT: usize = 12;
+/// See above; the last one is not read.
+pub const HEAD_LEN: usize = 36;
+
+impl Route {
+    /// UDP length and checksum of a frame that claims to be such a datagram, whole.
+    #[inline(always)]
+    pub const fn udp_of(&self, head: &[u8; HEAD_LEN]) -> Option<(usize, u16)> {
+        const ETHERTYPE: u32 = 0x0800;
+        const WITHOUT_OPTIONS: u32 = 0x45;
+        // Offset of a fragment, and whether more follow; the protocol.
+        const FRAGMENT: u32 = 0x3fff_0000;
+        const UDP: u32 = 17;
+        let claims = word(head, 0) >> 8 == ETHERTYPE << 8 | WITHOUT_OPTIONS
+            && word(head, 8) & (FRAGMENT | 0xff) == UDP
+            && word(head, 14) == self.from
+            && word(head, 18) == self.to
+            && word(head, 22) == (self.port << 16 | self.port)
+            && word(head, 30) == u32::from_be_bytes(self.magic)
+            && head[34] == self.version;
+        let udp = word(head, 26);
+        if claims {
+            Some(((udp >> 16) as usize, udp as u16))
+        } else {
+            None
+        }
+    }
+}
+
+#[inline(always)]
+const fn word(bytes: &[u8; HEAD_LEN], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
 /// How far behind the highest sequence one may come and still count.
 pub const WINDOW: u64 = 64;
 
@@ -344,6 +395,43 @@ mod pod {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// All but type of service, length, identification, lifetime, header checksum, whether it may be fragmented, and what
+    /// UDP says of itself.
+    #[test]
+    fn a_datagram_is_known_by_every_bit_that_says_whose_it_is() {
+        let route = Route {
+            from: 0xc0a8_0102,
+            to: 0xc0a8_0101,
+            port: 7_400,
+            magic: MAGIC,
+            version: VERSION,
+        };
+        let mut head = [0; HEAD_LEN];
+        head[..12].copy_from_slice(&[8, 0, 0x45, 0, 0, 99, 1, 2, 0x40, 0, 64, 17]);
+        head[14..18].copy_from_slice(&route.from.to_be_bytes());
+        head[18..22].copy_from_slice(&route.to.to_be_bytes());
+        head[22..26].copy_from_slice(&[0x1c, 0xe8, 0x1c, 0xe8]);
+        head[26..30].copy_from_slice(&[0, 80, 3, 4]);
+        head[30..34].copy_from_slice(&MAGIC);
+        head[34] = VERSION;
+        assert_eq!(route.udp_of(&head), Some((80, 0x0304)));
+        for bit in 0..HEAD_LEN * 8 {
+            let (byte, mask) = (bit / 8, 1 << (bit % 8));
+            let counts = match byte {
+                8 => mask & 0xc0 == 0,
+                0..3 | 9 | 11 | 14..26 | 30..35 => true,
+                _ => false,
+            };
+            head[byte] ^= mask;
+            assert_eq!(
+                route.udp_of(&head).is_none(),
+                counts,
+                "byte {byte}, {mask:#x}"
+            );
+            head[byte] ^= mask;
+        }
+    }
 
     /// `vectors_sip128` of the reference: key 00 … 0f, messages 00, 01, 02 …
     #[test]

@@ -19,7 +19,7 @@ use rfsis_common::agree::{
     window_shift, write_checksum,
 };
 use rfsis_common::frame::{Classified, FrameClass, TcpPart};
-use rfsis_common::prompt::{Delegated, Hop};
+use rfsis_common::prompt::{Delegated, HEAD_AT, HEAD_LEN, Hop, Route};
 
 use crate::maps::{
     GUARDED, OPENINGS, PENDING, SPARE_SLOTS, SYNS, agree_peer, agree_scratch, confirmed,
@@ -43,9 +43,6 @@ pub struct Scratch {
     /// IPv4 and UDP headers of one.
     envelope: [u32; 7],
 }
-
-const HEAD_AT: usize = 12;
-const HEAD_LEN: usize = PAYLOAD + 5 - HEAD_AT + 1;
 
 /// The peer, if there is one; its keys are read where they are wanted.
 #[inline(always)]
@@ -181,30 +178,18 @@ fn answer(ctx: &TcContext) -> Option<Answer> {
     if !load(ctx, HEAD_AT, head) {
         return None;
     }
-    let word = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
     // SAFETY: as in `peer`.
-    let (node, from, port) = unsafe {
-        (
-            read_volatile(&raw const (*peer).node),
-            read_volatile(&raw const (*peer).peer),
-            read_volatile(&raw const (*peer).port),
-        )
+    let route = unsafe {
+        Route {
+            from: read_volatile(&raw const (*peer).peer),
+            to: read_volatile(&raw const (*peer).node),
+            port: read_volatile(&raw const (*peer).port),
+            magic: MAGIC,
+            version: VERSION,
+        }
     };
-    let is_answer = head[0] == 8
-        && head[1] == 0
-        && head[2] == 0x45
-        // Not a fragment; UDP.
-        && word(8) & 0x3fff_00ff == 17
-        && word(14) == from
-        && word(18) == node
-        && word(22) == port << 16 | port
-        && word(26) >> 16 == (FRAME_LEN - L4) as u32
-        && word(30) == u32::from_be_bytes(MAGIC)
-        && head[34] == VERSION;
-    if !is_answer {
-        return None;
-    }
-    if !load(ctx, PAYLOAD, &mut scratch.words) {
+    let (len, _) = route.udp_of(head)?;
+    if len != FRAME_LEN - L4 || !load(ctx, PAYLOAD, &mut scratch.words) {
         return None;
     }
     Answer::open(&scratch.words, key(peer, false))

@@ -12,8 +12,8 @@ use rfsis_common::ack_gate::{Guarded, RELEASE_MARK, release};
 use rfsis_common::frame::{Classified, FrameClass};
 use rfsis_common::maps::FlowKey;
 use rfsis_common::prompt::{
-    ACK_LEN, ACK_LEN_BARE, HEADER_LEN, MAGIC, MAX_LEN, MAX_RECORDS, PromptPeer, PromptRecord,
-    RECORD_LEN, SipHash, TAG_LEN, VERSION, Words, acknowledgement, len_of,
+    ACK_LEN, ACK_LEN_BARE, HEAD_AT, HEADER_LEN, MAGIC, MAX_LEN, MAX_RECORDS, PromptPeer,
+    PromptRecord, RECORD_LEN, Route, SipHash, TAG_LEN, VERSION, Words, acknowledgement, len_of,
 };
 
 use crate::ack_gate::load;
@@ -87,23 +87,17 @@ fn take_new(ctx: &TcContext, words: &Words, records: usize, peer: &PromptPeer) -
 /// Number of records of a datagram that claims to be the peer's.
 #[inline(always)]
 fn records_of(ctx: &TcContext, peer: &PromptPeer) -> Option<usize> {
-    let head = ctx.load::<[u8; 36]>(12).ok()?;
-    let word = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    let port = peer.port << 16 | peer.port;
-    let claims = head[0] == 8
-        && head[1] == 0
-        && head[2] == 0x45
-        // Not a fragment; UDP; without a checksum, which nobody would complete.
-        && word(8) & 0x3fff_00ff == 17
-        && word(14) == peer.peer
-        && word(18) == peer.node
-        && word(22) == port
-        && word(26) & 0xffff == 0
-        && word(30) == u32::from_be_bytes(MAGIC);
-    let len = (word(26) >> 16) as usize;
+    let route = Route {
+        from: peer.peer,
+        to: peer.node,
+        port: peer.port,
+        magic: MAGIC,
+        version: VERSION,
+    };
+    let (len, checksum) = route.udp_of(&ctx.load(HEAD_AT).ok()?)?;
     let records = len.wrapping_sub(8 + len_of(0)) / RECORD_LEN;
-    (claims
-        && head[34] == VERSION
+    // One with a checksum nobody would complete.
+    (checksum == 0
         && (1..=MAX_RECORDS).contains(&records)
         && len == 8 + len_of(records)
         && ctx.len() as usize >= PAYLOAD - 8 + len)
