@@ -60,10 +60,13 @@ unsafe impl Sync for SharedWords {}
 impl SharedWords {
     /// The first `len` values, of 8 bytes each, of an array that was made with `BPF_F_MMAPABLE`.
     ///
-    /// Errors: of mmap(2); EPERM where the array was made otherwise, EINVAL where it has fewer.
+    /// Errors: of mmap(2); EINVAL where the array was made otherwise, or has fewer (`array_map_mmap`,
+    /// kernel/bpf/arraymap.c).
     pub fn map(array: impl AsFd, len: NonZeroUsize) -> nix::Result<Self> {
-        let bytes = len.checked_mul(NonZeroUsize::MIN.saturating_add(7));
-        let bytes = bytes.ok_or(nix::Error::EINVAL)?;
+        let bytes = len.get().checked_mul(size_of::<AtomicU64>());
+        let bytes = bytes
+            .and_then(NonZeroUsize::new)
+            .ok_or(nix::Error::EINVAL)?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, which nothing else refers to; the memory is the kernel's, and is not cut short.
         let start = unsafe { mmap(None, bytes, access, MapFlags::MAP_SHARED, array, 0) }?;
