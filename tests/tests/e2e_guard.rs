@@ -3,11 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails the test")]
 
-use std::io::{ErrorKind, Read as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use tests::agent::port;
 use tests::capture::Segment;
 use tests::client::{begin_connect, connect, echo_exactly, hears, parts, says};
@@ -263,6 +265,42 @@ fn a_stream_of_more_bytes_than_there_are_sequence_numbers_is_guarded_and_survive
         transfer.join().unwrap().unwrap();
     });
     pair.wait_takeover();
+}
+
+/// The standby never speaks to the active's agent of a client that only sends: the programs take all that it says.
+#[test]
+fn an_upload_of_more_bytes_than_there_are_sequence_numbers_does_not_stand_still() {
+    const TOTAL: u64 = (1 << 32) + (64 << 20);
+    const AFTER: u64 = 64 << 20;
+    let lab = Wiring::MirrorOffloaded.lab();
+    let settings = Settings {
+        protect_timeout: Some("20s".into()),
+        ..Wiring::MirrorOffloaded.settings()
+    };
+    let pair = Pair::start_guarding(&lab, &settings);
+    // What is lost, or comes in another order, the agent hears of: so it is sent from one CPU, and by what loses nothing.
+    let reno = ("ipv4/tcp_congestion_control", "reno");
+    lab.client().sysctl(reno.0, reno.1).unwrap();
+    let stream = connect(&lab, port::DISCARD).unwrap();
+    let chunk = vec![0x5a; 1 << 16];
+    let send = |total: u64| {
+        for sent in (0..total).step_by(chunk.len()) {
+            let written = (&stream).write_all(&chunk);
+            assert!(written.is_ok(), "{written:?} after {sent} bytes");
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut first = CpuSet::new();
+            first.set(0).unwrap();
+            sched_setaffinity(Pid::from_raw(0), &first).unwrap();
+            send(TOTAL);
+        });
+    });
+    pair.primary_dies(&lab, Death::Kill9);
+    send(AFTER);
+    pair.wait_takeover();
+    parts(&stream).unwrap();
 }
 
 // ---- what the kernels agree on -----------------------------------------------------------------
