@@ -25,10 +25,10 @@ const GATE: &str = "rfsis_ack_gate_packets_total";
 const FRAMES: &str = "rfsis_frames_total";
 
 /// The gate stays closed until an instant has come, however long that takes.
-fn patient() -> Settings {
+fn patient(wiring: Wiring) -> Settings {
     Settings {
         protect_timeout: Some("20s".into()),
-        ..Wiring::Mirror.settings()
+        ..wiring.settings()
     }
 }
 
@@ -73,7 +73,7 @@ struct Scene {
 impl Scene {
     fn set() -> Self {
         let lab = Wiring::Mirror.lab();
-        let pair = Pair::start_guarding(&lab, &patient());
+        let pair = Pair::start_guarding(&lab, &patient(Wiring::Mirror));
         let capture = Capture::start(&lab);
         Self { lab, pair, capture }
     }
@@ -242,11 +242,7 @@ fn a_stream_of_more_bytes_than_there_are_sequence_numbers_is_guarded_and_survive
     const AROUND: u64 = 1 << 32;
     const TOTAL: u64 = AROUND + (256 << 20);
     let lab = Wiring::MirrorOffloaded.lab();
-    let settings = Settings {
-        protect_timeout: Some("20s".into()),
-        ..Wiring::MirrorOffloaded.settings()
-    };
-    let pair = Pair::start_guarding(&lab, &settings);
+    let pair = Pair::start_guarding(&lab, &patient(Wiring::MirrorOffloaded));
     let stream = connect(&lab, port::ECHO).unwrap();
     let progress = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -267,17 +263,13 @@ fn a_stream_of_more_bytes_than_there_are_sequence_numbers_is_guarded_and_survive
     pair.wait_takeover();
 }
 
-/// The standby never speaks to the active's agent of a client that only sends: the programs take all that it says.
+/// While nothing is lost the standby speaks only to the active's programs, and its agent hears of nothing.
 #[test]
 fn an_upload_of_more_bytes_than_there_are_sequence_numbers_does_not_stand_still() {
     const TOTAL: u64 = (1 << 32) + (64 << 20);
     const AFTER: u64 = 64 << 20;
     let lab = Wiring::MirrorOffloaded.lab();
-    let settings = Settings {
-        protect_timeout: Some("20s".into()),
-        ..Wiring::MirrorOffloaded.settings()
-    };
-    let pair = Pair::start_guarding(&lab, &settings);
+    let pair = Pair::start_guarding(&lab, &patient(Wiring::MirrorOffloaded));
     // What is lost, or comes in another order, the agent hears of: so it is sent from one CPU, and by what loses nothing.
     let reno = ("ipv4/tcp_congestion_control", "reno");
     lab.client().sysctl(reno.0, reno.1).unwrap();
@@ -311,11 +303,7 @@ fn connections_that_the_kernels_open_alone_are_guarded_and_survive() {
     const COUNT: u64 = 20;
     for wiring in [Wiring::MirrorOffloaded, Wiring::MirrorOverSyncLink] {
         let lab = wiring.lab();
-        let settings = Settings {
-            protect_timeout: Some("20s".into()),
-            ..wiring.settings()
-        };
-        let pair = Pair::start_guarding(&lab, &settings);
+        let pair = Pair::start_guarding(&lab, &patient(wiring));
         let capture = Capture::start(&lab);
         let agreed = || judged(&pair.primary.metrics(), &["agreed"]);
         // From when the standby's agent has let its program answer.
@@ -366,7 +354,7 @@ fn connections_that_the_kernels_open_alone_are_guarded_and_survive() {
 fn a_client_is_told_of_no_byte_that_the_standby_lacks() {
     const TOTAL: u64 = 1 << 20;
     let lab = Wiring::Mirror.lab();
-    let pair = Pair::start_guarding(&lab, &patient());
+    let pair = Pair::start_guarding(&lab, &patient(Wiring::Mirror));
     let capture = Capture::start(&lab);
     let stream = connect(&lab, port::ECHO).unwrap();
     says(&stream, 1).unwrap();
