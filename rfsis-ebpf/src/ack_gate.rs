@@ -22,6 +22,7 @@ use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::options::{TcpOptions, tcp_options};
 use rfsis_common::verdict::is_syn_ack;
 
+use crate::clock::now_ns;
 use crate::maps::{
     GUARDED, OPENINGS, PENDING, SERVICE_PORTS, confirmation, count_ack_gate, guarded, has_ack_gate,
     is_guarding, mirror_ifindex, mirror_peer, sent, worth_logging,
@@ -57,7 +58,7 @@ pub fn judge(ctx: &TcContext, frame: &Classified, now_ns: u64) -> AckGateVerdict
 
 /// Reports a SYN that came in for a service.
 #[inline(always)]
-pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
+pub fn notice(ctx: &TcContext, frame: &Classified) {
     if !has_ack_gate() {
         return;
     }
@@ -67,7 +68,7 @@ pub fn notice(ctx: &TcContext, frame: &Classified, now_ns: u64) {
     if !is_opening(tcp) || !is_service(tcp) {
         return;
     }
-    if !report(ctx, frame, tcp, OpeningKind::Syn, now_ns) {
+    if !report(ctx, frame, tcp, OpeningKind::Syn, now_ns()) {
         count(ctx, AckGateVerdict::OpeningLost);
     } else if is_guarding() {
         agree::note_syn(ctx, tcp, false);

@@ -4,9 +4,7 @@
 
 use aya_ebpf::{
     bindings::BPF_RB_NO_WAKEUP,
-    helpers::generated::{
-        bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
-    },
+    helpers::generated::{bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use core::ptr::{read_volatile, write_volatile};
@@ -21,6 +19,7 @@ use rfsis_common::agree::{
 use rfsis_common::frame::{Classified, FrameClass, TcpPart};
 use rfsis_common::prompt::{Delegated, HEAD_AT, HEAD_LEN, Hop, Route};
 
+use crate::clock::now_ns;
 use crate::maps::{
     GUARDED, OPENINGS, PENDING, SPARE_SLOTS, SYNS, agree_peer, agree_scratch, confirmed,
     count_ack_gate, delegated, has_ack_gate, hop, ifindex, is_guarding, mirror_ifindex,
@@ -236,8 +235,7 @@ fn let_go(ctx: &TcContext, answer: &Answer) -> Option<()> {
         // What was written is no answer any more, and nobody's.
         return is_written.then_some(());
     }
-    // SAFETY: the helper takes nothing and cannot fail.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let now_ns = now_ns();
     let guarded = Guarded {
         slot,
         client_isn: answer.client_isn,

@@ -3,7 +3,6 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
-    helpers::generated::bpf_ktime_get_ns,
 };
 use aya_log_ebpf::warn;
 use rfsis_common::ack_gate::is_opening;
@@ -16,6 +15,7 @@ use rfsis_common::maps::{
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, is_syn_ack, wake_decide, xdp_decide};
 
+use crate::clock::now_ns;
 use crate::maps::{
     FRAMES, HEARTBEATS, LIVE_FLOWS, LOST_FLOWS, count_xdp, end_rest, node_state, rest_until,
     worth_logging,
@@ -274,11 +274,4 @@ fn heartbeat(frame: &impl Captured) {
         event.discard(0);
         count_xdp(XdpVerdict::HeartbeatLost);
     }
-}
-
-/// CLOCK_MONOTONIC, ns.
-#[inline(always)]
-fn now_ns() -> u64 {
-    // SAFETY: the helper takes nothing and cannot fail.
-    unsafe { bpf_ktime_get_ns() }
 }

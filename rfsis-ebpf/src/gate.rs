@@ -7,7 +7,6 @@
 
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_STOLEN, TC_ACT_UNSPEC},
-    helpers::generated::bpf_ktime_get_ns,
     macros::classifier,
     programs::TcContext,
 };
@@ -17,6 +16,7 @@ use rfsis_common::frame::{TcpPart, classify, refused_udp_port};
 use rfsis_common::maps::{HeldEvent, MirrorPeer};
 use rfsis_common::verdict::{GateVerdict, gate_decide, is_syn_ack, tell_copy};
 
+use crate::clock::now_ns;
 use crate::maps::{
     APPROVED_FLOWS, DATAGRAM_PORTS, HELD, SERVICE_PORTS, count_gate, is_guarding, mirror_peer,
     node_state, vip, worth_logging,
@@ -28,8 +28,7 @@ use crate::{ack_gate, mirror};
 #[classifier]
 pub fn rfsis_gate(ctx: TcContext) -> i32 {
     let frame = classify(&SkbFrame(&ctx), vip());
-    // SAFETY: the helper takes nothing and cannot fail.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let now_ns = now_ns();
     let verdict = gate_decide(
         &frame,
         &node_state(),
@@ -69,7 +68,7 @@ pub fn rfsis_gate(ctx: TcContext) -> i32 {
                 _ => {}
             }
             // In one place for all: twice in the program it takes more stack than Linux 6.1 grants.
-            let intact = mirror::offer(&ctx, &frame, now_ns);
+            let intact = mirror::offer(&ctx, &frame, || now_ns);
             if matches!(verdict, AckGateVerdict::Opening) {
                 TC_ACT_STOLEN
             } else if intact {

@@ -6,7 +6,7 @@
 
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_STOLEN, TC_ACT_UNSPEC},
-    helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes},
+    helpers::generated::bpf_skb_load_bytes,
     macros::classifier,
     programs::TcContext,
 };
@@ -66,9 +66,7 @@ pub fn rfsis_ingress(ctx: TcContext) -> i32 {
     if !capture(&frame, &class) || prompt::take(&ctx, &class) || agree::take(&ctx, &class) {
         return TC_ACT_STOLEN;
     }
-    // SAFETY: the helper takes nothing and cannot fail.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    if mirror::process(&ctx, &class, now_ns) {
+    if mirror::process(&ctx, &class) {
         TC_ACT_UNSPEC
     } else {
         TC_ACT_SHOT

@@ -12,6 +12,7 @@ mod ack_gate;
 mod agree;
 mod atomic;
 mod capture;
+mod clock;
 mod gate;
 mod ingress;
 mod maps;

@@ -18,7 +18,6 @@
 
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_STOLEN, TC_ACT_UNSPEC},
-    helpers::generated::bpf_ktime_get_ns,
     macros::classifier,
     programs::TcContext,
 };
@@ -28,6 +27,7 @@ use rfsis_common::frame::{Classified, TcpPart, classify};
 use rfsis_common::maps::{Direction, MirrorPeer, OBSERVED};
 use rfsis_common::mirror::{MirrorAction, MirrorEgress, MirrorVerdict, mirror_decide};
 
+use crate::clock::now_ns;
 use crate::maps::{
     APPROVED_FLOWS, SERVICE_PORTS, count_mirror, has_ack_gate, mirror_egress, mirror_ifindex,
     mirror_peer, mirror_source, node_state, sent_next, vip, worth_logging,
@@ -43,9 +43,7 @@ pub fn rfsis_mirror(ctx: TcContext) -> i32 {
     if prompt::take(&ctx, &frame) || agree::take(&ctx, &frame) {
         return TC_ACT_STOLEN;
     }
-    // SAFETY: the helper takes nothing and cannot fail.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    if process(&ctx, &frame, now_ns) {
+    if process(&ctx, &frame) {
         TC_ACT_UNSPEC
     } else {
         TC_ACT_SHOT
@@ -54,13 +52,13 @@ pub fn rfsis_mirror(ctx: TcContext) -> i32 {
 
 /// Notices and copies what comes in. `false` as of [`offer`].
 #[inline(always)]
-pub fn process(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
+pub fn process(ctx: &TcContext, frame: &Classified) -> bool {
     if matches!(frame.direction, Direction::FromVip) || !is_for_this_host(ctx) {
         return true;
     }
     if !is_tagged(ctx) {
         forget_approval(frame);
-        ack_gate::notice(ctx, frame, now_ns);
+        ack_gate::notice(ctx, frame);
     }
     offer(ctx, frame, now_ns)
 }
@@ -78,7 +76,7 @@ fn forget_approval(frame: &Classified) {
 /// Copies a frame to the standby if it is to have one. `false` where the frame could not be put back
 /// as it was: it must not go on.
 #[inline(always)]
-pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: u64) -> bool {
+pub fn offer(ctx: &TcContext, frame: &Classified, now_ns: impl FnOnce() -> u64) -> bool {
     if mirror_ifindex() == 0 || is_tagged(ctx) {
         return true;
     }

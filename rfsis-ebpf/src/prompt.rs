@@ -4,7 +4,7 @@
 //! All or nothing: a datagram that names a flow of which the agent has to hear is the agent's, whole.
 
 use aya_ebpf::{
-    helpers::generated::{bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes},
+    helpers::generated::{bpf_skb_change_tail, bpf_skb_load_bytes},
     programs::TcContext,
 };
 use core::ptr::{read_volatile, write_volatile};
@@ -17,6 +17,7 @@ use rfsis_common::prompt::{
 };
 
 use crate::ack_gate::load;
+use crate::clock::now_ns;
 use crate::maps::{
     confirmation, guarded, has_ack_gate, hop, ifindex, is_guarding, note_prompted, prompt_peer,
     prompt_seen, prompt_words, sent, vip,
@@ -75,11 +76,9 @@ fn take_new(ctx: &TcContext, words: &Words, records: usize, peer: &PromptPeer) -
         return false;
     }
     now.taken += 1;
-    // SAFETY: as above; the helper takes nothing and cannot fail.
-    unsafe {
-        now.at_ns = bpf_ktime_get_ns();
-        write_volatile(seen, now);
-    }
+    now.at_ns = now_ns();
+    // SAFETY: as above.
+    unsafe { write_volatile(seen, now) }
     tell(ctx, words, records);
     true
 }

@@ -504,7 +504,7 @@ impl Kernel {
                 MirrorEgress::Full
             }
         };
-        if mirror_decide(frame, &self.state, now, self.peer, egress, |_| known)
+        if mirror_decide(frame, &self.state, || now, self.peer, egress, |_| known)
             == MirrorAction::Clone
         {
             let copy = Out::Copy(packet.to_vec(), frame.direction);

@@ -277,7 +277,7 @@ impl Run<'_> {
             _ => egress,
         };
         let (node, peer) = (self.world.node(), self.world.standby);
-        match mirror_decide(&self.class, &node, TIME, peer, egress, sent_next) {
+        match mirror_decide(&self.class, &node, || TIME, peer, egress, sent_next) {
             MirrorAction::Ignore => {}
             MirrorAction::Skip(verdict) => self.effects.mirror.push(verdict),
             MirrorAction::Clone => {
