@@ -149,6 +149,10 @@ pub const fn patience(len: u32) -> u64 {
     }
 }
 
+/// A reader that rests wakes by itself, if not quite when it asked for: to wake it just before costs the sender's CPU an
+/// interrupt, ns.
+const OVERSLEEP_NS: u64 = 200_000;
+
 /// Decides for a copy of `len` bytes, of a SYN-ACK that is `held` or of something else; `rest_until` as the
 /// reader wrote it last. All times in ns.
 ///
@@ -156,10 +160,10 @@ pub const fn patience(len: u32) -> u64 {
 /// frames that follow each other closely many are read, and confirmed, at once.
 #[inline(always)]
 pub const fn wake_decide(len: u32, held: bool, now_ns: u64, rest_until: u64) -> Wake {
-    if now_ns >= rest_until {
+    if now_ns >= rest_until.saturating_add(OVERSLEEP_NS) {
         return Wake::WhenCaughtUp;
     }
-    let is_late = len > BARE_FRAME && rest_until - now_ns > patience(len);
+    let is_late = len > BARE_FRAME && rest_until.saturating_sub(now_ns) > patience(len);
     if held || is_late {
         Wake::Now
     } else {
@@ -288,11 +292,16 @@ mod tests {
 
     #[test]
     fn a_rest_is_ended_by_a_held_syn_ack_and_by_what_would_wait_longer_than_it_may() {
-        const NOW: u64 = 1000;
+        const NOW: u64 = 1_000_000;
         let (long, small, bare) = (LONG_FRAME + 1, LONG_FRAME, BARE_FRAME);
         for (len, held, until, expected) in [
             (bare, false, 0, Wake::WhenCaughtUp),
-            (long, true, NOW, Wake::WhenCaughtUp),
+            (bare, true, NOW - 200_000, Wake::WhenCaughtUp),
+            (long, false, NOW - 200_000, Wake::WhenCaughtUp),
+            // It oversleeps.
+            (bare, true, NOW - 199_999, Wake::Now),
+            (long, false, NOW - 199_999, Wake::Later),
+            (long, false, NOW, Wake::Later),
             (bare, false, NOW + 1, Wake::Later),
             (bare, true, NOW + 1, Wake::Now),
             (bare, false, u64::MAX, Wake::Later),
