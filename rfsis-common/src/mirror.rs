@@ -91,9 +91,9 @@ pub enum MirrorAction {
 /// Decides about the copy of a frame: one that came in for the VIP, or one that the gate has passed.
 ///
 /// ARP is not copied: each node asks and answers for itself. `now_ns` gives the time (CLOCK_MONOTONIC), which an active
-/// without a standby need not know: to read the clock is a good part of what such a program takes. `egress` says what of this flow's output is copied;
-/// it is asked of output that would be spared. `sent_next` gives the number behind the last
-/// that the active sent on a flow, where that is known; it is asked of input that would be copied.
+/// without a standby is spared to read. `egress` says what of this flow's output is copied; it is asked of output that
+/// would be spared. `sent_next` gives the number behind the last that the active sent on a flow, where that is known;
+/// it is asked of input that would be copied.
 #[inline(always)]
 pub fn mirror_decide(
     frame: &Classified,
@@ -213,12 +213,10 @@ mod tests {
             assert_eq!(ask(&NodeState { state, ..OPEN }, 0, PEER), closed);
         }
         // The clock is not even looked at.
+        let (no_clock, nobody) = (|| panic!("asked for the time"), MirrorPeer::NOBODY);
         let egress = || MirrorEgress::Full;
-        let no_clock = || panic!("asked for the time");
-        let nobody = mirror_decide(&frame, &OPEN, no_clock, MirrorPeer::NOBODY, egress, |_| {
-            None
-        });
-        assert_eq!(nobody, MirrorAction::Skip(MirrorVerdict::NoStandby));
+        let action = mirror_decide(&frame, &OPEN, no_clock, nobody, egress, |_| None);
+        assert_eq!(action, MirrorAction::Skip(MirrorVerdict::NoStandby));
     }
 
     #[test]
