@@ -357,6 +357,7 @@ impl Machine {
         };
         agent.due = Nanos::MAX;
         self.kernel.maps.closed = !self.kernel.may_speak(now);
+        self.world.closed = self.kernel.maps.closed;
         self.take_frames(&mut agent, Nanos::MAX, now);
         while let Some(command) = agent.pulse.commands.pop_front() {
             match command {

@@ -180,8 +180,8 @@ impl Track {
         }
     }
 
-    /// Everything that a client could hold against a live shadow.
-    pub(crate) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8]) {
+    /// Everything that a client could hold against a live shadow. `closed`: no client is told of it.
+    pub(crate) fn judge(&mut self, segment: &Segment<'_>, raw: &[u8], closed: bool) {
         let brief = Brief(segment);
         // The client looks no further at a segment from before what it has got.
         let probe =
@@ -275,7 +275,9 @@ impl Track {
             "{} bytes of data",
             segment.payload.len()
         );
-        self.promise(ack, segment);
+        if !closed {
+            self.promise(ack, segment);
+        }
     }
 
     /// Everything that a client could hold against a kernel socket with these numbers.
@@ -325,6 +327,8 @@ impl Track {
 /// The world that the flows act on.
 #[derive(Debug, Default)]
 pub(crate) struct World {
+    /// Whether the gate drops what is sent.
+    pub(crate) closed: bool,
     pub(crate) live: HashSet<FlowKey>,
     pub(crate) approved: HashSet<FlowKey>,
     pub(crate) sent: Vec<Vec<u8>>,
@@ -378,8 +382,9 @@ impl Effects for World {
         if segment.syn {
             self.approved.remove(&flow);
         }
+        let closed = self.closed;
         if let Some(track) = self.tracks.get_mut(&flow).filter(|track| track.answered) {
-            track.judge(&segment, packet);
+            track.judge(&segment, packet, closed);
         }
         self.sent_count += 1;
         self.sent.push(packet.to_vec());

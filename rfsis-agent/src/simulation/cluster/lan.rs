@@ -162,6 +162,9 @@ impl Cluster {
         if segment.syn {
             self.answered.insert(flow);
         }
+        if rst {
+            self.disowned.insert(flow);
+        }
         if !self.scenario.terms.setup.mirror && !self.is_lost(Lost::Copies, lan.copy_loss) {
             let at = self.now + self.rng.below(lan.copy_jitter + 1);
             let event = Event::Arrives {

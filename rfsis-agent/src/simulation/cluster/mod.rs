@@ -115,6 +115,8 @@ pub(crate) struct Cluster {
     told: BTreeMap<FlowKey, u32>,
     /// Flows of which a SYN-ACK has left.
     answered: HashSet<FlowKey>,
+    /// Flows of which a node has said that it has no connection.
+    disowned: HashSet<FlowKey>,
     edges: BTreeMap<FlowKey, u32>,
     promises: Promises,
 }
@@ -154,6 +156,7 @@ impl Cluster {
             heard: [0; 2],
             told: BTreeMap::new(),
             answered: HashSet::default(),
+            disowned: HashSet::default(),
             edges: BTreeMap::new(),
             promises: Promises::default(),
             scenario: scenario.clone(),
@@ -347,6 +350,8 @@ impl Cluster {
         match state {
             State::Closed | State::TimeWait => false,
             State::SynSent => self.answered.contains(&conn.flow()),
+            // Both have said all, and what the server has not forgotten yet is to come to its end.
+            State::Closing | State::LastAck => !self.disowned.contains(&conn.flow()),
             _ => true,
         }
     }
