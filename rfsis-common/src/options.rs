@@ -13,7 +13,7 @@ const HEADER_LEN: usize = 20;
 const STEPS: usize = 3;
 
 /// Kinds of options (IANA): no-operation, SACK (RFC 2018), timestamps (RFC 7323).
-const NOP: u8 = 1;
+pub const NOP: u8 = 1;
 const SACK: u8 = 5;
 const TIMESTAMPS: u8 = 8;
 /// Bytes of a timestamp option.
@@ -22,6 +22,16 @@ const TIMESTAMPS_LEN: u8 = 10;
 /// Two NOPs, and the beginning of a timestamp option; the length of all three.
 const ALIGNED_TIMESTAMPS: u32 = u32::from_be_bytes([NOP, NOP, TIMESTAMPS, TIMESTAMPS_LEN]);
 const ALIGNED_TIMESTAMPS_LEN: usize = 12;
+
+/// Bytes of a SACK option of one block.
+pub const ONE_BLOCK: usize = 10;
+
+/// Whether a SACK block that ends at `right` says only what has come twice (RFC 2883): all of it is acknowledged. A sender
+/// that does not hear of that takes its own repetition for the remedy of a loss, and slows down.
+#[inline(always)]
+pub const fn is_told(ack: u32, right: u32) -> bool {
+    ack.wrapping_sub(right) as i32 >= 0
+}
 
 /// What was found. Flat, for the verifier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

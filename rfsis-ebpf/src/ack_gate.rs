@@ -19,7 +19,7 @@ use rfsis_common::ack_gate::{
 };
 use rfsis_common::frame::{Classified, TcpPart};
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
-use rfsis_common::options::{TcpOptions, tcp_options};
+use rfsis_common::options::{NOP, ONE_BLOCK, TcpOptions, is_told, tcp_options};
 use rfsis_common::verdict::is_syn_ack;
 
 use crate::clock::now_ns;
@@ -291,7 +291,7 @@ fn rewrite(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions, decision: &AckD
             return false;
         }
     }
-    options.sack_offset == 0 || erase_sack(ctx, tcp, options)
+    options.sack_offset == 0 || erase_sack(ctx, tcp, options, decision.ack)
 }
 
 /// Notes in a SYN-ACK that it is held; `false` where it could not be written.
@@ -304,16 +304,25 @@ pub fn mark_held(ctx: &TcContext, tcp: &TcpPart) -> bool {
     replace2(ctx, tcp, offset, from, HELD_URGENT.to_be_bytes())
 }
 
-/// Overwrites the SACK option, kind and length and then its words, by NOPs.
+/// Overwrites the SACK option by NOPs, kind and length and then its words, but for a first block that says only what has
+/// come twice.
 ///
 /// The kernel that sent it says what *it* holds; the client would not send such bytes again to a standby
 /// that lacks them. Linux aligns options, so each piece lies at an even offset, as the checksum needs it.
 #[inline(always)]
-fn erase_sack(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions) -> bool {
+fn erase_sack(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions, ack: u32) -> bool {
     let Ok(head) = ctx.load::<[u8; 2]>(options.sack_offset) else {
         return false;
     };
-    if !replace2(ctx, tcp, options.sack_offset, head, [1; 2]) {
+    let right = ctx.load::<[u8; 4]>(options.sack_offset + ONE_BLOCK - 4);
+    let keeps = options.sack_len >= ONE_BLOCK
+        && right.is_ok_and(|right| is_told(ack, u32::from_be_bytes(right)));
+    let (kept, first) = if keeps {
+        ([head[0], ONE_BLOCK as u8], ONE_BLOCK)
+    } else {
+        ([NOP; 2], 2)
+    };
+    if !replace2(ctx, tcp, options.sack_offset, head, kept) {
         return false;
     }
     for word in 0..SACK_WORDS_MAX {
@@ -321,11 +330,14 @@ fn erase_sack(ctx: &TcContext, tcp: &TcpPart, options: &TcpOptions) -> bool {
         if at >= options.sack_len {
             break;
         }
+        if at < first {
+            continue;
+        }
         let offset = options.sack_offset + at;
         let Ok(from) = ctx.load::<[u8; 4]>(offset) else {
             return false;
         };
-        if !replace4(ctx, tcp, offset, from, [1; 4]) {
+        if !replace4(ctx, tcp, offset, from, [NOP; 4]) {
             return false;
         }
     }

@@ -7,6 +7,7 @@ use rfsis_common::ack_gate::{
 use rfsis_common::agree::Pending;
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
+use rfsis_common::options::is_told;
 use rfsis_common::prompt::{Delegated, PromptPeer, PromptSeen, acknowledgement};
 
 use super::*;
@@ -355,7 +356,9 @@ impl Maps {
             if !faulty!(LowerNoWindow) {
                 repr.window_len = decision.window;
             }
-            repr.sack_ranges = [None; 3];
+            let [first, ..] = repr.sack_ranges;
+            let twice = first.filter(|(_, right)| is_told(decision.ack, *right));
+            repr.sack_ranges = [twice, None, None];
         });
         (verdict, Some(packet))
     }

@@ -20,7 +20,7 @@ use crate::host::{
 };
 use crate::segments::{
     FIRST, FIRST_EDGE, NEXT, SHIFT, SLOT, STAMPS, SYN_OPTIONS, Segment, folded, nops,
-    pseudo_header, pure, sack,
+    pseudo_header, pure, sack, sack_of,
 };
 
 #[test]
@@ -136,6 +136,31 @@ fn a_client_is_told_what_is_confirmed_and_checksums_stay_right() {
                 Lowered,
                 Some(pure(held, 9500).options(&[STAMPS, &erased]).data(odd)),
             ));
+        }
+        // What has come twice says nothing new, as far as it is confirmed.
+        let twice = (held - 500, held);
+        let (ahead_of_it, told) = (
+            (FIRST + 50_000, FIRST + 50_100),
+            [&sack_of(&[twice])[..], &nops(8)].concat(),
+        );
+        for (name, blocks, left) in [
+            ("a repetition", &[twice][..], sack_of(&[twice])),
+            ("a repetition and more", &[twice, ahead_of_it], told),
+            ("a part of it ahead", &[(held - 500, held + 1)], nops(12)),
+            ("a repetition behind", &[ahead_of_it, twice], nops(20)),
+        ] {
+            let option = sack_of(blocks);
+            for (kernel, verdict, leaves) in [
+                (pure(held, 9000), Passed, pure(held, 9000)),
+                (
+                    pure(ahead, 9000).data(odd),
+                    Lowered,
+                    pure(held, 9500).data(odd),
+                ),
+            ] {
+                let leaves = leaves.options(&[&left]);
+                table.push((name, kernel.options(&[&option]), verdict, Some(leaves)));
+            }
         }
         for (name, kernel, verdict, leaves) in &table {
             gate.open_flow(confirmed);

@@ -20,7 +20,7 @@ use crate::frames::{
 use crate::host::{GUARD, in_namespace};
 use crate::model::expected;
 use crate::rig::{Known, PROGRAMS, Rig, Setup, World, runs};
-use crate::segments::{FIRST, FIRST_EDGE, NEXT, SHIFT, SLOT, STAMPS, Segment, nops, sack};
+use crate::segments::{FIRST, FIRST_EDGE, NEXT, SHIFT, SLOT, STAMPS, Segment, nops, sack, sack_of};
 
 /// Frames for each set-up on real hardware.
 const CASES: u32 = 3000;
@@ -42,7 +42,8 @@ fn window() -> impl Strategy<Value = u16> {
 fn options() -> impl Strategy<Value = Vec<u8>> {
     let piece = prop_oneof![
         4 => Just(STAMPS.to_vec()),
-        4 => (1..=4_u8).prop_map(sack),
+        2 => (1..=4_u8).prop_map(sack),
+        2 => vec((near(FIRST), near(FIRST)), 1..=4).prop_map(|blocks| sack_of(&blocks)),
         1 => (0..8_usize).prop_map(nops),
         // Kind and length: of some length that Linux never writes, 0 and 1 included.
         2 => (select(vec![0, 1, 2, 5, 8, 19, 254]), 0..44_u8).prop_map(|(kind, length)| {

@@ -11,7 +11,7 @@ use rfsis_common::maps::{Direction, FrameHeader, HEARTBEAT_CAPTURE, HeldEvent, M
 use rfsis_common::mirror::{
     HELD_URGENT, MirrorAction, MirrorEgress, MirrorVerdict, URGENT_OFFSET, mirror_decide,
 };
-use rfsis_common::options::{TcpOptions, tcp_options};
+use rfsis_common::options::{TcpOptions, is_told, tcp_options};
 use rfsis_common::verdict::{
     GateVerdict, XdpAction, XdpVerdict, gate_decide, is_syn_ack, tell_copy, xdp_decide,
 };
@@ -214,7 +214,7 @@ impl Run<'_> {
             let decision = ack_decide(&segment, &mut noted, known.confirmation, shift);
             match decision.verdict {
                 AckVerdict::Held => AckGateVerdict::Held,
-                _ if !self.erase_sack(tcp, &options) => {
+                _ if !self.erase_sack(tcp, &options, decision.ack) => {
                     (noted.told, noted.told_edge) = (sent.told, sent.told_edge);
                     AckGateVerdict::Held
                 }
@@ -288,8 +288,9 @@ impl Run<'_> {
         }
     }
 
-    /// Overwrites a SACK option by NOPs, its blocks in words; `false` where they end behind the frame.
-    fn erase_sack(&mut self, tcp: &TcpPart, options: &TcpOptions) -> bool {
+    /// Overwrites a SACK option by NOPs, its blocks in words, but for a first one of what is acknowledged; `false` where
+    /// they end behind the frame.
+    fn erase_sack(&mut self, tcp: &TcpPart, options: &TcpOptions, ack: u32) -> bool {
         if options.sack_offset == 0 {
             return true;
         }
@@ -298,7 +299,18 @@ impl Run<'_> {
         if end > self.frame.len() {
             return false;
         }
-        for at in (options.sack_offset..end).step_by(2) {
+        let first_right = || {
+            let bytes = self.frame.get(options.sack_offset + 6..)?.first_chunk()?;
+            Some(u32::from_be_bytes(*bytes))
+        };
+        let keeps =
+            options.sack_len >= 10 && first_right().is_some_and(|right| is_told(ack, right));
+        if keeps {
+            let kind = self.frame[options.sack_offset];
+            self.write(tcp, options.sack_offset, &[kind, 10]);
+        }
+        let kept = if keeps { 10 } else { 0 };
+        for at in (options.sack_offset + kept..end).step_by(2) {
             self.write(tcp, at, &[1, 1]);
         }
         true

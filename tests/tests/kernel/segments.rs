@@ -109,10 +109,19 @@ pub fn folded(bytes: &[u8]) -> u16 {
 
 pub const STAMPS: &[u8] = &[1, 1, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9];
 
-/// Two NOPs and a SACK option with so many blocks.
+/// Two NOPs and a SACK option with so many blocks, of what lies ahead.
 pub fn sack(blocks: u8) -> Vec<u8> {
-    let mut option = vec![1, 1, 5, 2 + 8 * blocks];
-    option.extend((0..8 * blocks).map(|byte| 0xa0 + byte));
+    let ahead = (0..blocks.into()).map(|block| FIRST + 50_000 + 2000 * block);
+    sack_of(&ahead.map(|left| (left, left + 1001)).collect::<Vec<_>>())
+}
+
+/// The same with these.
+pub fn sack_of(blocks: &[(u32, u32)]) -> Vec<u8> {
+    let mut option = vec![1, 1, 5, 2 + 8 * blocks.len() as u8];
+    for (left, right) in blocks {
+        option.extend(left.to_be_bytes());
+        option.extend(right.to_be_bytes());
+    }
     option
 }
 
