@@ -188,8 +188,10 @@ impl Engine {
     pub fn run(mut self) {
         let mut next_lost = 0;
         let mut next_census = 0;
+        let mut caught_up = false;
         loop {
             let mut more = self.take_frames(BATCH, Nanos::MAX);
+            caught_up |= !more;
             loop {
                 match self.inbox.next() {
                     Ok(Command::GoLive { at }) => {
@@ -233,7 +235,13 @@ impl Engine {
                 next_lost = now + LOST_INTERVAL;
                 self.take_lost();
                 if let Some(link) = &mut self.link {
-                    link.promise(&self.flows, now);
+                    let copies = match self.source {
+                        FrameSource::Mirror(ifindex) => self.shared.peer_tap().zip(Some(ifindex)),
+                        FrameSource::Lan => None,
+                    };
+                    let (flows, effects) = (&mut self.flows, &mut self.effects);
+                    link.promise(flows, effects, copies, caught_up, now);
+                    caught_up = false;
                 }
             }
             if now >= next_census {

@@ -11,6 +11,7 @@ use rfsis_common::prompt::{PromptPeer, PromptSeen};
 use crate::flows::{Effects, Flows};
 use crate::guard::{Guard, GuardEffects};
 use crate::heartbeat::Nanos;
+use crate::pledge::{PledgeEffects, Pledges};
 use crate::sync::{Channel, Confirm, Opened, Prompts, Record, SyncError, Term};
 
 /// The active need not hear at once that a flow has ended: it would be woken for each, ns.
@@ -27,6 +28,8 @@ pub struct Exchange {
     own_session: u64,
     /// What the ACK gate guards while this node is active.
     pub guard: Guard,
+    /// What the programs confirm by themselves while it is standby.
+    pub pledges: Pledges,
     /// The peer's session, as last seen.
     peer_session: Option<u64>,
     /// What is to be said.
@@ -64,6 +67,7 @@ impl Exchange {
             prompts,
             own_session,
             guard,
+            pledges: Pledges::none(),
             peer_session: None,
             records: Vec::new(),
             confirms: Vec::new(),
@@ -136,6 +140,11 @@ impl Exchange {
     /// The epoch of [`Exchange::set_term`], if there is a peer.
     pub fn epoch(&self) -> Option<u64> {
         self.prompts.epoch()
+    }
+
+    /// As [`Prompts::sealed_by_programs`].
+    pub fn prompted_by_programs(&self) -> u64 {
+        self.prompts.sealed_by_programs()
     }
 
     /// As [`Prompts::open`].
@@ -270,7 +279,7 @@ impl Exchange {
         epoch: u64,
         now: Nanos,
         flows: &mut Flows,
-        gate: &mut impl GuardEffects,
+        gate: &mut (impl GuardEffects + PledgeEffects),
         mut send: impl FnMut(&[u8]),
     ) {
         if now >= self.guard.next_wakeup() {
@@ -286,6 +295,9 @@ impl Exchange {
         if !self.closes.is_empty() && self.close_at == Nanos::MAX {
             self.close_at = now + CLOSE_PATIENCE;
         }
+        let pledges = &mut self.pledges;
+        self.confirms
+            .retain(|confirm| !pledges.is_said(confirm, flows, gate));
         if !self.confirms.is_empty() {
             self.prompts.seal(&self.confirms, &mut send);
             self.confirms.clear();

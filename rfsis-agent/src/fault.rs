@@ -36,6 +36,8 @@ mod faults {
         ReleaseUnknown,
         /// The standby's program answers for a SYN-ACK that is not in its ring.
         AnswerLost,
+        /// The standby's program confirms bytes that are not in its ring.
+        PledgeLost,
         /// The gate holds no FIN of an agent that was killed.
         ApproveAll,
         /// The gate does not look at the lease.
@@ -74,12 +76,13 @@ mod faults {
 
     impl Fault {
         /// All of them.
-        pub const ALL: [Fault; 22] = [
+        pub const ALL: [Fault; 23] = [
             Fault::HoldNothing,
             Fault::LowerNoAck,
             Fault::LowerNoWindow,
             Fault::ReleaseUnknown,
             Fault::AnswerLost,
+            Fault::PledgeLost,
             Fault::ApproveAll,
             Fault::IgnoreLease,
             Fault::ConfirmTooMuch,

@@ -36,6 +36,7 @@ pub mod lockstep;
 pub mod metrics;
 pub mod netif;
 pub mod node;
+pub mod pledge;
 pub mod privileges;
 pub mod pulse;
 pub mod redundancy;

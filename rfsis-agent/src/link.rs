@@ -11,7 +11,8 @@ use rfsis_common::ack_gate::{
     Confirmation, Guarded, OpeningEvent, OpeningKind, RELEASE_MARK, Sent,
 };
 use rfsis_common::agree::{self, Answer, Pending};
-use rfsis_common::maps::{FlowKey, HeldEvent};
+use rfsis_common::maps::{FlowKey, HeldEvent, MirrorPeer, Promise};
+use rfsis_common::pledge::Pledged;
 use rfsis_common::prompt::{self, Delegated};
 
 use crate::adopt::Numbers;
@@ -19,8 +20,9 @@ use crate::bpf::GuardMaps;
 use crate::exchange::Exchange;
 use crate::flows::{Effects, Flows};
 use crate::guard::{Fact, GuardEffects};
-use crate::heartbeat::Nanos;
+use crate::heartbeat::{MacAddr, Nanos};
 use crate::metrics::{GuardCondition, JoinResult, Metrics, Protection, SyncReceived, SyncSent};
+use crate::pledge::PledgeEffects;
 use crate::services::{Connections, Snapshots};
 use crate::shared::Shared;
 use crate::sync::{MAX_DATAGRAM, SyncError};
@@ -79,6 +81,16 @@ impl KernelGuard {
             tracing::warn!(%error, "the ACK gate does not hear the agent");
         }
         result.is_ok()
+    }
+}
+
+impl PledgeEffects for KernelGuard {
+    fn pledge(&mut self, flow: FlowKey, pledged: Pledged) -> bool {
+        self.done(self.maps.pledge(flow, pledged))
+    }
+
+    fn retract(&mut self, flow: FlowKey) {
+        self.done(self.maps.retract(&flow));
     }
 }
 
@@ -177,6 +189,8 @@ pub struct Link {
     pub snapshots: Snapshots,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// How many confirmations of the programs' are counted.
+    pub prompted: u64,
 }
 
 impl std::fmt::Debug for Link {
@@ -209,10 +223,27 @@ impl Link {
         self.metrics.protection.choose(Protection::Degraded);
     }
 
-    /// Lets the program answer for this thread while it has room for flows, until it should have said so again.
-    pub fn promise(&mut self, flows: &Flows, now: Nanos) {
-        let until = if flows.has_room() { now + PROMISE } else { 0 };
-        self.gate.done(self.gate.maps.promise(until));
+    /// Lets the program answer and confirm for this thread while it has room, until it should have said so again. `copies`: the
+    /// hardware address from which they come, and the interface on which. `caught_up`: since the last call there was a moment
+    /// at which nothing was in the ring.
+    pub fn promise(
+        &mut self,
+        flows: &mut Flows,
+        effects: &mut impl Effects,
+        copies: Option<(MacAddr, u32)>,
+        caught_up: bool,
+        now: Nanos,
+    ) {
+        let promise = Promise {
+            until_ns: if flows.has_room() { now + PROMISE } else { 0 },
+            from: copies.map_or(MirrorPeer::NOBODY, |(mac, _)| MirrorPeer::at(mac)),
+            ifindex: copies.map_or(0, |(_, ifindex)| ifindex.into()),
+        };
+        self.gate.done(self.gate.maps.promise(promise));
+        if caught_up {
+            let pledges = &mut self.exchange.pledges;
+            pledges.check(flows, effects, &mut self.gate);
+        }
     }
 
     /// The node is standby again.
@@ -436,6 +467,12 @@ impl Link {
     /// Shows how many flows are guarded.
     pub fn count(&mut self) {
         self.gate.count_prompts();
+        let prompted = self.exchange.prompted_by_programs();
+        let new = prompted.saturating_sub(self.prompted);
+        self.metrics.sync_sent.add(SyncSent::ByKernel, new);
+        self.prompted = prompted;
+        let (broken, counted) = (self.exchange.pledges.broken(), &self.metrics.pledges_broken);
+        counted.inc_by(broken.saturating_sub(counted.get()));
         let census = self.exchange.guard.census();
         for (condition, count) in [
             (GuardCondition::Opening, census.opening),

@@ -75,6 +75,8 @@ pub struct AgreePeer {
     pub port: u32,
     /// 0.
     pub reserved: u32,
+    /// Key of the confirmations that are given to it ([`crate::pledge`]).
+    pub prompting: [u64; 2],
 }
 
 /// Value of map `SYNS`: a SYN that the agent will hear of, or has.
@@ -243,20 +245,20 @@ fn digest_of(key: [u64; 2], before: u64, header: impl Fn(usize) -> u32) -> u64 {
     hash.finish(8 + WORDS * 4)[0]
 }
 
-/// IPv4 and UDP headers of an answer (RFC 791, RFC 768), without a checksum of UDP: it proves itself better. In words of
-/// network byte order.
+/// IPv4 and UDP headers of so many bytes (RFC 791, RFC 768), without a checksum of UDP: they prove themselves better. In
+/// words of network byte order.
 #[inline(always)]
-pub const fn envelope(node: u32, peer: u32, port: u16) -> [u32; 7] {
-    const UDP_LEN: u32 = 8 + ANSWER_LEN as u32;
+pub const fn envelope(node: u32, peer: u32, port: u16, len: usize) -> [u32; 7] {
+    let udp_len = 8 + len as u32;
     let ports = (port as u32) << 16 | port as u32;
     let mut words = [
-        0x4500_0000 | (20 + UDP_LEN),
+        0x4500_0000 | (20 + udp_len),
         0x0000_4000,
         0x4011_0000,
         node,
         peer,
         ports,
-        UDP_LEN << 16,
+        udp_len << 16,
     ];
     let head = words[0] as u64 + words[1] as u64 + words[2] as u64;
     words[2] |= folded(head + node as u64 + peer as u64);

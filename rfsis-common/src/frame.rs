@@ -58,6 +58,8 @@ pub mod tcp_flags {
     pub const RST: u8 = 0x04;
     /// Acknowledgement field is significant.
     pub const ACK: u8 = 0x10;
+    /// Urgent pointer field is significant.
+    pub const URG: u8 = 0x20;
     /// Congestion was met (RFC 3168 section 6.1).
     pub const ECE: u8 = 0x40;
 }

@@ -15,5 +15,6 @@ pub mod heartbeat;
 pub mod maps;
 pub mod mirror;
 pub mod options;
+pub mod pledge;
 pub mod prompt;
 pub mod verdict;

@@ -133,6 +133,18 @@ impl MirrorPeer {
     }
 }
 
+/// Value of map `PROMISE`: what the agent of a standby lets its program say for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Promise {
+    /// Until then, ns (CLOCK_MONOTONIC).
+    pub until_ns: u64,
+    /// Whose copies the agent takes; with nobody's it confirms by itself alone.
+    pub from: MirrorPeer,
+    /// Index of the interface on which they come in.
+    pub ifindex: u64,
+}
+
 /// Which way a mirrored frame goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -344,8 +356,14 @@ pub mod names {
     pub const HOPS: &str = "HOPS";
     /// `Array<AgreePeer>` ([`crate::agree::AgreePeer`]), one entry.
     pub const AGREE: &str = "AGREE";
-    /// `Array<u64>`, one entry: until when the standby's program may answer for its agent, ns.
+    /// `Array<Promise>` ([`super::Promise`]), one entry.
     pub const PROMISE: &str = "PROMISE";
+    /// `HashMap<FlowKey, Pledged>` ([`crate::pledge::Pledged`]).
+    pub const PLEDGED: &str = "PLEDGED";
+    /// `Array` of [`crate::pledge::Pledge`], by slot, which the agent maps into its memory.
+    pub const PLEDGES: &str = "PLEDGES";
+    /// `Array<u64>`, one entry, which the agent maps into its memory: sequence of the last prompt datagram that was made.
+    pub const PROMPTED: &str = "PROMPTED";
     /// `LruHashMap<FlowKey, NotedSyn>` ([`crate::agree::NotedSyn`]).
     pub const SYNS: &str = "SYNS";
     /// `HashMap<FlowKey, Pending>` ([`crate::agree::Pending`]).
@@ -379,12 +397,14 @@ pub const OBSERVED: u8 = 2;
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{FlowKey, MirrorPeer, NodeState};
+    use super::{FlowKey, MirrorPeer, NodeState, Promise};
 
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for NodeState {}
     // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
     unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: `repr(C)`, integers only, no padding: every bit pattern is valid.
+    unsafe impl aya::Pod for Promise {}
     // SAFETY: one integer: every bit pattern is valid.
     unsafe impl aya::Pod for MirrorPeer {}
 }

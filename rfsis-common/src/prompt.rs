@@ -3,16 +3,19 @@
 //! ```text
 //!  offset  size  field                                            all big-endian
 //!     0      4    magic "RFSP"
-//!     4      1    version (1)
-//!     5      3    reserved, 0
-//!     8      8    sequence: 1, 2, 3 … under one key
-//!    16    24·n   records, 1 to 8
-//! 16+24n     16    SipHash-2-4-128 over all before it
+//!     4      1    version (2)
+//!     5      1    flags: 1, the device was still to finish the checksum of the frame from which it was made
+//!     6      2    reserved, 0
+//!     8      8    0; a device that finishes that checksum writes here
+//!    16      8    sequence: ever higher under one key
+//!    24    24·n   records, 1 to 8
+//! 24+24n     16    SipHash-2-4-128 over all before it, with zeros for what a device may write
 //! ```
 //!
 //! A record is client's address, 4; client's port, 2; service's port, 2; client's initial sequence number, 4;
 //! acknowledgement, 4; right edge, 4; reserved, 4. The key is one of the two nodes in their present sessions
-//! and epoch: so that none of these stands in the datagram.
+//! and epoch: so that none of these stands in the datagram. The standby's agent makes them, and so does its kernel: see
+//! [`crate::pledge`].
 //!
 //! Pure functions, called by the programs and by the agent.
 
@@ -23,9 +26,9 @@ use crate::maps::FlowKey;
 /// First bytes of a datagram.
 pub const MAGIC: [u8; 4] = *b"RFSP";
 /// Version of the datagram that this build speaks.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes in front of the records.
-pub const HEADER_LEN: usize = 16;
+pub const HEADER_LEN: usize = 24;
 /// Bytes of a record.
 pub const RECORD_LEN: usize = 24;
 /// Bytes of the tag.
@@ -41,6 +44,44 @@ pub const MAX_LEN: usize = len_of(MAX_RECORDS);
 
 /// A datagram in memory, in words, for the hash.
 pub type Words = [u64; MAX_LEN / 8];
+
+/// Words of a datagram: what a device may write, and the sequence.
+pub const WRITTEN: usize = 1;
+/// See above.
+pub const SEQUENCE: usize = 2;
+
+/// The first word, as it lies in memory.
+#[inline(always)]
+pub const fn head(unfinished: bool) -> u64 {
+    let [a, b, c, d] = MAGIC;
+    u64::from_ne_bytes([a, b, c, d, VERSION, unfinished as u8, 0, 0])
+}
+
+/// Whether a device has still to finish a checksum of the buffer in which a datagram came: its first words.
+#[inline(always)]
+pub const fn is_unfinished(words: &Words) -> bool {
+    // What it writes is never 0 (`skb_checksum_help`, net/core/dev.c).
+    words[0] == head(true) && words[WRITTEN] == 0
+}
+
+/// A datagram of one record, in words.
+pub type One = [u64; len_of(1) / 8];
+
+/// The datagram that says this. `unfinished`: a device has still to finish a checksum of the buffer that carries it.
+#[inline(always)]
+pub const fn seal(record: &PromptRecord, sequence: u64, unfinished: bool, key: [u64; 2]) -> One {
+    let [flow, numbers, edge] = record.to_words();
+    let head = head(unfinished);
+    let mut hash = SipHash::new(key);
+    hash.absorb(head);
+    hash.absorb(0);
+    hash.absorb(sequence.to_be());
+    hash.absorb(flow);
+    hash.absorb(numbers);
+    hash.absorb(edge);
+    let [a, b] = hash.finish(HEADER_LEN + RECORD_LEN);
+    [head, 0, sequence.to_be(), flow, numbers, edge, a, b]
+}
 
 /// From where and to where a datagram between the nodes goes, and what it begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,16 +263,15 @@ impl PromptRecord {
         }
     }
 
-    /// The record as it is sent.
-    pub fn to_bytes(&self) -> [u8; RECORD_LEN] {
-        let mut bytes = [0; RECORD_LEN];
-        bytes[..4].copy_from_slice(&self.flow.client_addr.to_be_bytes());
-        bytes[4..6].copy_from_slice(&self.flow.client_port.to_be_bytes());
-        bytes[6..8].copy_from_slice(&self.flow.service_port.to_be_bytes());
-        bytes[8..12].copy_from_slice(&self.client_isn.to_be_bytes());
-        bytes[12..16].copy_from_slice(&self.confirmation.ack().to_be_bytes());
-        bytes[16..20].copy_from_slice(&self.confirmation.edge().to_be_bytes());
-        bytes
+    /// The record as it is sent, in words as they lie in memory.
+    #[inline(always)]
+    pub const fn to_words(&self) -> [u64; 3] {
+        let flow = (self.flow.client_addr as u64) << 32
+            | (self.flow.client_port as u64) << 16
+            | self.flow.service_port as u64;
+        let numbers = (self.client_isn as u64) << 32 | self.confirmation.ack() as u64;
+        let edge = (self.confirmation.edge() as u64) << 32;
+        [flow.to_be(), numbers.to_be(), edge.to_be()]
     }
 }
 
@@ -324,7 +364,7 @@ pub const ACK_LEN: usize = 14 + 20 + 32;
 /// Without.
 pub const ACK_LEN_BARE: usize = 14 + 20 + 20;
 
-/// The frame of a released ACK, in big-endian words of 32 bits from the IPv4 header on.
+/// The frame of a released ACK, in words of 32 bits from the IPv4 header on.
 pub type AckWords = [u32; (ACK_LEN - 14) / 4];
 
 /// A checksum of the Internet (RFC 1071) of which `sum` is the sum of words of 32 bits.
@@ -337,9 +377,22 @@ pub(crate) const fn folded(sum: u64) -> u32 {
     !(sum as u32) & 0xffff
 }
 
-/// IPv4 and TCP headers of a released ACK (RFC 791, RFC 9293), with their checksums.
+/// The sum over the pseudo header of a segment between the VIP and a client, of so many bytes from the TCP header on: as much of
+/// its checksum as a device needs that finishes it (`CHECKSUM_PARTIAL`, include/linux/skbuff.h).
 #[inline(always)]
-pub const fn acknowledgement(vip: u32, flow: FlowKey, release: &Release) -> AckWords {
+pub const fn pseudo_sum(vip: u32, client: u32, len: u32) -> u16 {
+    !folded(vip as u64 + client as u64 + 6 + len as u64) as u16
+}
+
+/// IPv4 and TCP headers of a released ACK (RFC 791, RFC 9293), with their checksums. `unfinished`: a device will finish that
+/// of TCP.
+#[inline(always)]
+pub const fn acknowledgement(
+    vip: u32,
+    flow: FlowKey,
+    release: &Release,
+    unfinished: bool,
+) -> AckWords {
     let (tcp_len, offset, options) = match release.timestamp {
         // Two NOPs and the option, as RFC 7323 appendix A has it.
         Some((tsval, tsecr)) => (32, 8, [0x0101_080a, tsval, tsecr]),
@@ -374,7 +427,12 @@ pub const fn acknowledgement(vip: u32, flow: FlowKey, release: &Release) -> AckW
         + options[1] as u64
         + options[2] as u64;
     words[2] |= folded(ip);
-    words[9] = folded(tcp) << 16;
+    let tcp = if unfinished {
+        pseudo_sum(vip, flow.client_addr, tcp_len) as u32
+    } else {
+        folded(tcp)
+    };
+    words[9] = tcp << 16;
     words
 }
 

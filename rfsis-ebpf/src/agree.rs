@@ -21,9 +21,9 @@ use rfsis_common::prompt::{Delegated, HEAD_AT, HEAD_LEN, Hop, Route};
 
 use crate::clock::now_ns;
 use crate::maps::{
-    GUARDED, OPENINGS, PENDING, SPARE_SLOTS, SYNS, agree_peer, agree_scratch, confirmed,
+    self, GUARDED, OPENINGS, PENDING, SPARE_SLOTS, SYNS, agree_peer, agree_scratch, confirmed,
     count_ack_gate, delegated, has_ack_gate, hop, ifindex, is_guarding, mirror_ifindex,
-    mirror_peer, promise_until, sent, vip,
+    mirror_peer, sent, vip,
 };
 use crate::skb::is_tagged;
 
@@ -45,7 +45,7 @@ pub struct Scratch {
 
 /// The peer, if there is one; its keys are read where they are wanted.
 #[inline(always)]
-fn peer() -> Option<*const AgreePeer> {
+pub fn peer() -> Option<*const AgreePeer> {
     let peer = agree_peer()?;
     // SAFETY: the pointer is to the array's only element, which the agent may be writing: what is half of it
     // fits no answer.
@@ -319,7 +319,7 @@ fn begin(answer: &Answer, guarded: Guarded, pending: &Pending, now_ns: u64) -> b
 /// What the active's kernel may be told of the copy of a SYN-ACK, once this is in the ring, too.
 #[inline(always)]
 pub fn promise(ctx: &TcContext, tcp: &TcpPart, now_ns: u64) -> Option<Answer> {
-    if now_ns >= promise_until() {
+    if now_ns >= maps::promise().until_ns {
         return None;
     }
     let (peer, scratch) = (peer()?, scratch()?);
@@ -346,6 +346,18 @@ pub fn promise(ctx: &TcContext, tcp: &TcpPart, now_ns: u64) -> Option<Answer> {
 #[inline(always)]
 pub fn tell(ctx: &TcContext, answer: &Answer) -> Option<()> {
     let (peer, scratch) = (peer()?, scratch()?);
+    scratch.words = answer.seal(key(peer, true));
+    reply(ctx, peer, &mut scratch.envelope, &scratch.words)
+}
+
+/// Sends a datagram to the peer, back on the way on which a copy came. The copy's buffer becomes the datagram's.
+#[inline(always)]
+pub fn reply<const N: usize>(
+    ctx: &TcContext,
+    peer: *const AgreePeer,
+    headers: &mut [u32; 7],
+    words: &[u64; N],
+) -> Option<()> {
     // SAFETY: as in `peer`.
     let (node, to, port) = unsafe {
         (
@@ -354,18 +366,18 @@ pub fn tell(ctx: &TcContext, answer: &Answer) -> Option<()> {
             read_volatile(&raw const (*peer).port),
         )
     };
+    *headers = envelope(node, to, port as u16, N * 8);
     let [own_mac, active_mac] = ctx.load::<[[u8; 6]; 2]>(0).ok()?;
     // SAFETY: the context is the one that the kernel gave.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    let len = (PAYLOAD + N * 8) as u32;
     // SAFETY: as above.
-    if unsafe { bpf_skb_change_tail(ctx.skb.skb.cast(), FRAME_LEN as u32, 0) } != 0 {
+    if unsafe { bpf_skb_change_tail(ctx.skb.skb.cast(), len, 0) } != 0 {
         return None;
     }
     ctx.store(0, &[active_mac, own_mac], 0).ok()?;
     ctx.store(12, &0x0800_u16.to_be_bytes(), 0).ok()?;
-    scratch.envelope = envelope(node, to, port as u16);
-    scratch.words = answer.seal(key(peer, true));
-    ctx.store(L3, &scratch.envelope, 0).ok()?;
-    ctx.store(PAYLOAD, &scratch.words, 0).ok()?;
+    ctx.store(L3, headers, 0).ok()?;
+    ctx.store(PAYLOAD, words, 0).ok()?;
     ctx.clone_redirect(ifindex, 0).ok()
 }

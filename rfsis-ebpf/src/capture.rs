@@ -13,6 +13,7 @@ use rfsis_common::maps::{
     NodeState, State, frame_flags,
 };
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
+use rfsis_common::pledge::is_plain;
 use rfsis_common::verdict::{Wake, XdpAction, XdpVerdict, is_syn_ack, wake_decide, xdp_decide};
 
 use crate::clock::now_ns;
@@ -49,6 +50,9 @@ pub trait Captured: Frame {
 
     /// Tells it. The frame is no more.
     fn tell(&self, _answer: &Answer) {}
+
+    /// Confirms bytes that are in the ring, where there is a pledge. The frame may be no more.
+    fn confirm(&self, _class: &Classified, _tcp: &TcpPart, _now_ns: u64) {}
 }
 
 /// Decides, copies and counts; `true` if the frame goes on to the kernel.
@@ -102,10 +106,13 @@ fn mirror(frame: &impl Captured, class: &Classified, node: &NodeState) {
             frame.tell(&answer);
         } else if let Some(tcp) = class.tcp()
             && matches!(class.direction, Direction::ToVip)
-            && is_opening(tcp)
             && is_standby
         {
-            frame.note_syn(tcp);
+            if is_opening(tcp) {
+                frame.note_syn(tcp);
+            } else if is_plain(tcp) {
+                frame.confirm(class, tcp, header.arrival_ns);
+            }
         }
         let count = count_xdp(XdpVerdict::Mirrored);
         if node.state >= State::ALL.len() as u64 && worth_logging(count) {

@@ -11,12 +11,12 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use rfsis_common::agree::Answer;
-use rfsis_common::frame::{FrameClass, TcpPart, classify};
+use rfsis_common::frame::{Classified, FrameClass, TcpPart, classify};
 
 use crate::capture::{Captured, capture};
 use crate::maps::vip;
 use crate::skb::{SkbFrame, is_tagged};
-use crate::{agree, mirror, prompt};
+use crate::{agree, mirror, pledge, prompt};
 
 impl Captured for SkbFrame<'_> {
     type Context = TcContext;
@@ -52,6 +52,12 @@ impl Captured for SkbFrame<'_> {
     fn tell(&self, answer: &Answer) {
         // Not sent is as good as lost.
         let _ = agree::tell(self.0, answer);
+    }
+
+    #[inline(always)]
+    fn confirm(&self, class: &Classified, tcp: &TcpPart, now_ns: u64) {
+        // Not sent is as good as lost: the client repeats itself, and the agent confirms.
+        let _ = pledge::confirm(self.0, class, tcp, now_ns);
     }
 }
 

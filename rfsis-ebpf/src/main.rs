@@ -3,7 +3,7 @@
 //!
 //! Read [`xdp`] and [`ingress`] (the two hooks on ingress), [`capture`] (who sees a frame), [`gate`] (egress:
 //! who may speak), [`ack_gate`] (what a client is told), [`mirror`] (what the active copies to the standby), and what
-//! the two kernels say to each other: [`prompt`] (confirmations) and [`agree`] (openings).
+//! the two kernels say to each other: [`pledge`] and [`prompt`] (confirmations), and [`agree`] (openings).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -17,6 +17,7 @@ mod gate;
 mod ingress;
 mod maps;
 mod mirror;
+mod pledge;
 mod prompt;
 mod skb;
 mod xdp;

@@ -2,6 +2,7 @@
 
 use crate::agree::Scratch;
 use crate::atomic;
+use crate::pledge;
 use aya_ebpf::{
     Global,
     bindings::BPF_F_MMAPABLE,
@@ -10,8 +11,9 @@ use aya_ebpf::{
 };
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::agree::{AgreePeer, NotedSyn, Pending, SPARE_SLOTS_MAX};
-use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, Promise};
 use rfsis_common::mirror::{MirrorEgress, MirrorVerdict};
+use rfsis_common::pledge::{PLEDGES_MAX, Pledge, Pledged};
 use rfsis_common::prompt::{Delegated, Hop, MAX_LEN, PromptPeer, PromptRecord, PromptSeen, Words};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
@@ -114,7 +116,18 @@ static PROMPT_WORDS: PerCpuArray<Words> = PerCpuArray::with_max_entries(1, 0);
 static AGREE: Array<AgreePeer> = Array::with_max_entries(1, 0);
 
 #[map]
-static PROMISE: Array<u64> = Array::with_max_entries(1, 0);
+static PROMISE: Array<Promise> = Array::with_max_entries(1, 0);
+
+#[map]
+static PLEDGED: HashMap<FlowKey, Pledged> = HashMap::with_max_entries(PLEDGES_MAX, 0);
+
+/// Agent and programs exchange its words in the same memory.
+#[map]
+static PLEDGES: Array<Pledge> = Array::with_max_entries(PLEDGES_MAX, BPF_F_MMAPABLE);
+
+/// The same.
+#[map]
+static PROMPTED: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[map]
 pub static SYNS: LruHashMap<FlowKey, NotedSyn> = LruHashMap::with_max_entries(16_384, 0);
@@ -124,6 +137,9 @@ pub static PENDING: HashMap<FlowKey, Pending> = HashMap::with_max_entries(4096, 
 
 #[map]
 pub static SPARE_SLOTS: Queue<u32> = Queue::with_max_entries(SPARE_SLOTS_MAX, 0);
+
+#[map]
+static PLEDGE_SCRATCH: PerCpuArray<pledge::Scratch> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 static AGREE_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
@@ -309,15 +325,37 @@ pub fn agree_peer() -> Option<*const AgreePeer> {
     AGREE.get_ptr(0)
 }
 
-/// Until when the agent of a standby lets its program answer for it, ns.
+/// What the agent of a standby lets its program say for it.
 #[inline(always)]
-pub fn promise_until() -> u64 {
+pub fn promise() -> Promise {
     match PROMISE.get_ptr(0) {
-        // SAFETY: the pointer is to the array's only element, one word that the agent may be writing:
-        // volatile, so that it is read once.
-        Some(until) => unsafe { core::ptr::read_volatile(until) },
-        None => 0,
+        // SAFETY: the pointer is to the array's only element, words that the agent may be writing: volatile, so that
+        // each is read once.
+        Some(promise) => unsafe { core::ptr::read_volatile(promise) },
+        None => Promise::default(),
     }
+}
+
+/// The pledge of a flow, if there is one.
+#[inline(always)]
+pub fn pledge(flow: FlowKey) -> Option<(Pledged, *mut Pledge)> {
+    // SAFETY: copied at once; an entry is replaced as a whole, never written in place.
+    let pledged = unsafe { PLEDGED.get(flow).copied() }?;
+    Some((pledged, PLEDGES.get_ptr_mut(pledged.slot)?))
+}
+
+/// The sequence of the next prompt datagram.
+#[inline(always)]
+pub fn next_sequence() -> Option<u64> {
+    let last = PROMPTED.get_ptr_mut(0)?;
+    // SAFETY: the pointer is to the array's only element, which nobody writes but as a whole.
+    Some(unsafe { atomic::fetch_add(last, 1) }.wrapping_add(1))
+}
+
+/// Room for a confirmation, this CPU's.
+#[inline(always)]
+pub fn pledge_scratch() -> Option<*mut pledge::Scratch> {
+    PLEDGE_SCRATCH.get_ptr_mut(0)
 }
 
 /// Room for an agreement, this CPU's.

@@ -13,7 +13,8 @@ use rfsis_common::frame::{Classified, FrameClass};
 use rfsis_common::maps::FlowKey;
 use rfsis_common::prompt::{
     ACK_LEN, ACK_LEN_BARE, HEAD_AT, HEADER_LEN, MAGIC, MAX_LEN, MAX_RECORDS, PromptPeer,
-    PromptRecord, RECORD_LEN, Route, SipHash, TAG_LEN, VERSION, Words, acknowledgement, len_of,
+    PromptRecord, RECORD_LEN, Route, SEQUENCE, SipHash, TAG_LEN, VERSION, WRITTEN, Words,
+    acknowledgement, is_unfinished, len_of,
 };
 
 use crate::ack_gate::load;
@@ -69,7 +70,7 @@ fn take_new(ctx: &TcContext, words: &Words, records: usize, peer: &PromptPeer) -
     };
     // SAFETY: the pointer is to an element of the array; see `PromptSeen` for who else writes it.
     let before = unsafe { read_volatile(seen) };
-    let Some(mut now) = before.accept(u64::from_be(words[1])) else {
+    let Some(mut now) = before.accept(u64::from_be(words[SEQUENCE])) else {
         return false;
     };
     if !note(words, records) {
@@ -127,7 +128,9 @@ fn is_authentic(words: &Words, records: usize, peer: &PromptPeer) -> bool {
     let mut hash = SipHash::new(peer.key);
     let mut tag = [0; 2];
     for (index, word) in words.iter().enumerate() {
-        if index < signed {
+        if index == WRITTEN {
+            hash.absorb(0);
+        } else if index < signed {
             hash.absorb(*word);
         } else if index == signed {
             tag[0] = *word;
@@ -174,13 +177,13 @@ fn tell(ctx: &TcContext, words: &Words, records: usize) {
         }
         let flow = record(words, index).flow;
         if let Some(guarded) = guarded(flow) {
-            tell_one(ctx, flow, guarded);
+            tell_one(ctx, flow, guarded, is_unfinished(words));
         }
     }
 }
 
 #[inline(always)]
-fn tell_one(ctx: &TcContext, flow: FlowKey, guarded: Guarded) -> Option<()> {
+fn tell_one(ctx: &TcContext, flow: FlowKey, guarded: Guarded, unfinished: bool) -> Option<()> {
     let slot = sent(guarded.slot)?;
     let sent = load(slot);
     if sent.version & 1 != 0 {
@@ -199,7 +202,7 @@ fn tell_one(ctx: &TcContext, flow: FlowKey, guarded: Guarded) -> Option<()> {
         // Nothing has left yet: what leaves says it.
         return None;
     }
-    let ack = acknowledgement(vip(), flow, &due).map(u32::to_be);
+    let ack = acknowledgement(vip(), flow, &due, unfinished).map(u32::to_be);
     let len = match due.timestamp {
         Some(_) => ACK_LEN,
         None => ACK_LEN_BARE,

@@ -433,6 +433,22 @@ pub mod tcp_state {
 /// # Panics
 /// When the kernel's table cannot be read.
 pub fn tcp_sockets(namespace: &Namespace, peer: Ipv4Addr) -> Vec<(u16, u8)> {
+    let sockets = tcp_table(namespace, peer).into_iter();
+    sockets.map(|(port, state, _)| (port, state)).collect()
+}
+
+/// Bytes that were written to this socket, which talks to `peer`, and are not acknowledged; `None` without such a socket.
+///
+/// # Panics
+/// As [`tcp_sockets`].
+pub fn unacknowledged(namespace: &Namespace, peer: Ipv4Addr, stream: &TcpStream) -> Option<u64> {
+    let port = stream.local_addr().ok()?.port();
+    let mut sockets = tcp_table(namespace, peer).into_iter();
+    sockets.find_map(|(local, _, bytes)| (local == port).then_some(bytes))
+}
+
+/// Local port, state, and bytes to be acknowledged (proc_net_tcp.rst of the kernel's documentation).
+fn tcp_table(namespace: &Namespace, peer: Ipv4Addr) -> Vec<(u16, u8, u64)> {
     let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/tcp"));
     let table = table.unwrap_or_else(|error| panic!("/proc/net/tcp: {error}"));
     let peer = format!("{:08X}", u32::from_ne_bytes(peer.octets()));
@@ -444,7 +460,10 @@ pub fn tcp_sockets(namespace: &Namespace, peer: Ipv4Addr) -> Vec<(u16, u8)> {
             let (_, local_port) = fields.get(1)?.split_once(':')?;
             let (remote, _) = fields.get(2)?.split_once(':')?;
             let state = u8::from_str_radix(fields.get(3)?, 16).ok()?;
-            (remote == peer).then_some((u16::from_str_radix(local_port, 16).ok()?, state))
+            let (unacknowledged, _) = fields.get(4)?.split_once(':')?;
+            let unacknowledged = u64::from_str_radix(unacknowledged, 16).ok()?;
+            let port = u16::from_str_radix(local_port, 16).ok()?;
+            (remote == peer).then_some((port, state, unacknowledged))
         })
         .collect()
 }

@@ -12,7 +12,9 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use tests::agent::port;
 use tests::capture::Segment;
-use tests::client::{begin_connect, connect, echo_exactly, hears, parts, says};
+use tests::client::{
+    Noise, begin_connect, connect, echo_exactly, hears, parts, says, unacknowledged,
+};
 use tests::faults::{Fault, Traffic};
 use tests::forge::denial;
 use tests::metrics::Metrics;
@@ -292,6 +294,68 @@ fn an_upload_of_more_bytes_than_there_are_sequence_numbers_does_not_stand_still(
     pair.primary_dies(&lab, Death::Kill9);
     send(AFTER);
     pair.wait_takeover();
+    parts(&stream).unwrap();
+}
+
+// ---- what the standby's kernel confirms for its agent -----------------------------------------------
+
+const BY_KERNEL: [(&str, &str); 2] = [("direction", "sent"), ("result", "by_kernel")];
+
+/// The client is told of bytes that lie in the frame ring of an agent that does not run, and who takes over has them.
+#[test]
+fn what_the_standbys_kernel_has_confirmed_while_its_agent_stood_still_survives() {
+    const BLOCK: usize = 300_000;
+    /// How long the kernel may speak for its agent, less what is gone of it when that stands still.
+    const MEANWHILE: Duration = Duration::from_millis(150);
+    let lab = Wiring::MirrorOffloaded.lab();
+    let pair = Pair::start_guarding(&lab, &patient(Wiring::MirrorOffloaded));
+    let stream = connect(&lab, port::ECHO).unwrap();
+    let mut noise = Noise::new(1);
+    let mut block = vec![0; BLOCK];
+    let mut says = |block: &mut [u8]| {
+        noise.fill(block);
+        (&stream).write_all(block).unwrap();
+    };
+    let hears = |block: &[u8]| {
+        let mut heard = vec![0; BLOCK];
+        (&stream).read_exact(&mut heard).unwrap();
+        assert!(heard == block, "another echo");
+    };
+    // Until it has the agent's pledge.
+    wait_until(
+        "the standby's kernel to confirm something",
+        || {
+            says(&mut block);
+            hears(&block);
+            pair.backup.metrics()
+        },
+        |scrape| scrape.sum("rfsis_sync_datagrams_total", &BY_KERNEL) > 0.0,
+    );
+    // A machine that is busy elsewhere may let that time pass.
+    let in_time = (0..20).any(|_| {
+        pair.backup.stop();
+        says(&mut block);
+        let until = Instant::now() + MEANWHILE;
+        let left = || unacknowledged(lab.client(), VIP, &stream);
+        while left() != Some(0) && Instant::now() < until {
+            std::thread::yield_now();
+        }
+        let is_told = left() == Some(0);
+        if !is_told {
+            pair.backup.cont();
+            hears(&block);
+        }
+        is_told
+    });
+    assert!(in_time, "nobody confirms while the agent stands still");
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.backup.cont();
+    hears(&block);
+    pair.wait_takeover();
+    for _ in 0..3 {
+        says(&mut block);
+        hears(&block);
+    }
     parts(&stream).unwrap();
 }
 

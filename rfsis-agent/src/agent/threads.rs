@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use anyhow::Context as _;
 use rfsis_common::maps::State;
+use rfsis_common::pledge::PLEDGES_MAX;
 use tokio::sync::{mpsc, watch};
 
 use crate::adopt::{Adopted, OpenFlows};
@@ -26,6 +27,7 @@ use crate::link::{KernelGuard, Link};
 use crate::metrics::{Metrics, Protection};
 use crate::netif::Netif;
 use crate::node::{Event, Node, NodeConfig};
+use crate::pledge::{PLEDGED_FROM, Pledges};
 use crate::pulse::{Notice, Pulse, PulseHandle};
 use crate::relay::{Relay, RelayConfig};
 use crate::services::{Connections, Snapshots};
@@ -75,9 +77,12 @@ pub(super) fn make_link(
         copied: matches!(config.tap, Tap::Mirror(_)),
     });
     let channel = Channel::new(&config.key.0, &config.cluster, node, peer, session);
-    let prompts = Prompts::new(&config.key.0, &config.cluster, node, peer, sync.port);
+    let mut prompts = Prompts::new(&config.key.0, &config.cluster, node, peer, sync.port);
+    prompts.share(programs.prompted()?);
+    let mut exchange = Exchange::new(channel, prompts, session, guard, timeout, interval);
+    exchange.pledges = Pledges::new(programs.pledges()?, PLEDGES_MAX, PLEDGED_FROM);
     Ok(Link {
-        exchange: Exchange::new(channel, prompts, session, guard, timeout, interval),
+        exchange,
         socket,
         peer: SocketAddrV4::new(peer, sync.port),
         gate: KernelGuard {
@@ -92,6 +97,7 @@ pub(super) fn make_link(
         openings: programs.take_openings()?,
         snapshots,
         metrics: Arc::clone(metrics),
+        prompted: 0,
     })
 }
 

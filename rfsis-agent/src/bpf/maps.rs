@@ -11,8 +11,9 @@ use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::agree::{AgreePeer, Pending};
-use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, names};
+use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, Promise, names};
 use rfsis_common::mirror::MirrorVerdict;
+use rfsis_common::pledge::Pledged;
 use rfsis_common::prompt::{Delegated, Hop, PromptPeer, PromptSeen};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
@@ -288,18 +289,26 @@ pub struct GuardMaps {
 #[derive(Clone)]
 pub(super) struct AgreeMaps {
     peer: Shared<Array<MapData, AgreePeer>>,
-    promise: Shared<Array<MapData, u64>>,
+    promise: Shared<Array<MapData, Promise>>,
+    pledged: FlowMap<Pledged>,
     pending: FlowMap<Pending>,
     spare: Shared<Queue<MapData, u32>>,
 }
 
 impl AgreeMaps {
-    pub(super) fn new(peer: Map, promise: Map, pending: Map, spare: Map) -> Result<Self, BpfError> {
+    pub(super) fn new(
+        peer: Map,
+        promise: Map,
+        pledged: Map,
+        pending: Map,
+        spare: Map,
+    ) -> Result<Self, BpfError> {
         let spare = Queue::try_from(spare);
         let spare = spare.map_err(|error| failed("opening", names::SPARE_SLOTS, &error))?;
         Ok(Self {
             peer: array(names::AGREE, peer)?,
             promise: array(names::PROMISE, promise)?,
+            pledged: flow_map(names::PLEDGED, pledged)?,
             pending: flow_map(names::PENDING, pending)?,
             spare: Shared::new(spare),
         })
@@ -311,15 +320,15 @@ fn array<V: Pod>(name: &'static str, map: Map) -> Result<Shared<Array<MapData, V
     Ok(Shared::new(map))
 }
 
-/// The values of an array, in memory.
-fn words(name: &'static str, map: &Map) -> Result<SharedWords, BpfError> {
+/// The values of an array, in memory, each of so many words.
+pub(super) fn words(name: &'static str, map: &Map, value: usize) -> Result<SharedWords, BpfError> {
     let Map::Array(data) = map else {
         return Err(BpfError::NotFound { kind: "map", name });
     };
     let info = data
         .info()
         .map_err(|error| failed("asking about", name, &error))?;
-    let len = NonZeroUsize::try_from(info.max_entries() as usize);
+    let len = NonZeroUsize::try_from(info.max_entries() as usize * value);
     let len = len.map_err(|_| BpfError::NotFound { kind: "map", name })?;
     let words = SharedWords::map(data.fd(), len);
     words.map_err(|error| {
@@ -350,7 +359,7 @@ impl GuardMaps {
         Ok(Self {
             mode: array(names::GUARD, mode)?,
             flows: flow_map(names::GUARDED, flows)?,
-            confirmed: Arc::new(words(names::CONFIRMED, &confirmed)?),
+            confirmed: Arc::new(words(names::CONFIRMED, &confirmed, 1)?),
             sent: array(names::SENT, sent)?,
             delegated: array(names::DELEGATED, delegated)?,
             hops: array(names::HOPS, hops)?,
@@ -471,13 +480,30 @@ impl GuardMaps {
         result.map_err(|error| failed("writing", names::AGREE, &error))
     }
 
-    /// Lets the program of a standby answer for its agent until then (ns, CLOCK_MONOTONIC).
+    /// Lets the program of a standby answer and confirm for its agent.
     ///
     /// # Errors
     /// Only where the kernel refuses the system call.
-    pub fn promise(&self, until: u64) -> Result<(), BpfError> {
-        let result = self.agree.promise.lock().set(0, until, 0);
+    pub fn promise(&self, promise: Promise) -> Result<(), BpfError> {
+        let result = self.agree.promise.lock().set(0, promise, 0);
         result.map_err(|error| failed("writing", names::PROMISE, &error))
+    }
+
+    /// Tells the programs of a flow's pledge.
+    ///
+    /// # Errors
+    /// Where the map is full.
+    pub fn pledge(&self, flow: FlowKey, pledged: Pledged) -> Result<(), BpfError> {
+        let result = self.agree.pledged.lock().insert(flow, pledged, 0);
+        result.map_err(|error| failed("inserting into", names::PLEDGED, &error))
+    }
+
+    /// Lets them forget it; that it is not there is no error.
+    ///
+    /// # Errors
+    /// Only where the kernel refuses the system call.
+    pub fn retract(&self, flow: &FlowKey) -> Result<(), BpfError> {
+        remove(names::PLEDGED, &self.agree.pledged, flow)
     }
 
     /// Gives the programs a slot for a flow on which the kernels agree.

@@ -27,6 +27,7 @@ use aya::programs::{SchedClassifier, TcAttachType, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use rfsis_common::maps::{MirrorPeer, NodeState, OBSERVED, PRESENT, names};
 use rfsis_common::mirror::MirrorEgress;
+use rfsis_common::pledge;
 use serde::{Deserialize, Serialize};
 
 pub use error::BpfError;
@@ -38,6 +39,7 @@ pub use maps::{
 };
 pub use test_run::{Program, SkbContext};
 
+use crate::pledge::Words;
 use error::os_error;
 use filter::FilterError;
 use maps::{AgreeMaps, duplicate};
@@ -360,10 +362,29 @@ impl Programs {
             AgreeMaps::new(
                 self.copy_of(names::AGREE)?,
                 self.copy_of(names::PROMISE)?,
+                self.copy_of(names::PLEDGED)?,
                 self.copy_of(names::PENDING)?,
                 self.copy_of(names::SPARE_SLOTS)?,
             )?,
         )
+    }
+
+    /// What is pledged, in the memory of the programs.
+    ///
+    /// # Errors
+    /// Where no file descriptor is left, or no memory.
+    pub fn pledges(&self) -> Result<Words, BpfError> {
+        let map = self.copy_of(names::PLEDGES)?;
+        maps::words(names::PLEDGES, &map, pledge::WORDS).map(Words::new)
+    }
+
+    /// The sequence of the last prompt datagram that was made, in the memory of the programs.
+    ///
+    /// # Errors
+    /// As [`Programs::pledges`].
+    pub fn prompted(&self) -> Result<Words, BpfError> {
+        let map = self.copy_of(names::PROMPTED)?;
+        maps::words(names::PROMPTED, &map, 1).map(Words::new)
     }
 
     /// The flows that live on shadows.

@@ -19,6 +19,7 @@ mod handshake;
 #[cfg(test)]
 mod lab;
 mod late;
+mod pledging;
 mod sweep;
 mod takeover;
 #[cfg(test)]

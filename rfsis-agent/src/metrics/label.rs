@@ -83,6 +83,8 @@ label! {
         Ok = "ok",
         /// The system refused.
         SendFailed = "send_failed",
+        /// A confirmation that the programs gave by themselves.
+        ByKernel = "by_kernel",
     }
 }
 

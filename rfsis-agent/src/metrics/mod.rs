@@ -143,6 +143,8 @@ pub struct Metrics {
     pub sync_received: Counters<SyncReceived>,
     /// `rfsis_sync_records_skipped_total`.
     pub sync_records_skipped: IntCounter,
+    /// `rfsis_pledges_broken_total`.
+    pub pledges_broken: IntCounter,
     /// `rfsis_protection{mode}`, 0 or 1.
     pub protection: Gauges<Protection>,
     /// `rfsis_guarded_flows{condition}`.
@@ -267,6 +269,10 @@ impl Metrics {
             sync_records_skipped: family.counter(
                 "rfsis_sync_records_skipped_total",
                 "Records of the peer whose type this version does not know.",
+            )?,
+            pledges_broken: family.counter(
+                "rfsis_pledges_broken_total",
+                "Flows whose shadow could not take what the standby's kernel had confirmed: they were handed over anew.",
             )?,
             protection: family.labelled_gauges(
                 "rfsis_protection",

@@ -46,6 +46,7 @@ fn every_metric_has_the_name_and_type_of_the_contract() {
         ("rfsis_heartbeat_age_seconds", "gauge"),
         ("rfsis_heartbeats_total", "counter"),
         ("rfsis_sync_datagrams_total", "counter"),
+        ("rfsis_pledges_broken_total", "counter"),
         ("rfsis_sync_records_skipped_total", "counter"),
         ("rfsis_flows", "gauge"),
         ("rfsis_flows_refused_total", "counter"),

@@ -69,6 +69,7 @@ impl Shadow {
     /// The shadow speaks for the VIP from now on; [`Shadow::resume`] follows. Returns whether it has anything to say at once.
     pub fn go_live(&mut self, now: Nanos) -> bool {
         self.live = true;
+        self.pledge = None;
         self.live_since = now;
         if let Some(clock) = &mut self.clock {
             clock.leap(now);

@@ -24,6 +24,7 @@
 mod active;
 mod adoption;
 mod client;
+mod confirm;
 mod live;
 mod memory;
 mod restored;
@@ -42,11 +43,12 @@ use smoltcp::wire::{
 use crate::fault::faulty;
 use crate::handler::{HandlerKind, Output, StreamHandler};
 use crate::heartbeat::Nanos;
-use crate::lockstep::{Lockstep, TimestampClock, before, distance, later, window_field};
+use crate::lockstep::{Lockstep, TimestampClock, before, distance, window_field};
 use crate::metrics::FlowCondition;
+use crate::pledge::Pledge;
 use crate::reorder::Reorder;
 use crate::segment::Options;
-use crate::sync::{Confirm, Open, Sack};
+use crate::sync::Open;
 use crate::tail::TailProbe;
 use crate::wire::{Wire, bare_repr, instant};
 use memory::Lent;
@@ -232,6 +234,8 @@ pub struct Shadow {
     ahead_since: Option<Nanos>,
     /// The client was heard since the last confirmation.
     touched: bool,
+    /// What this node's programs may confirm of it by themselves.
+    pledge: Option<Pledge>,
     /// What it has sent again since then, though all of that is held.
     repeated: Option<(u32, u32)>,
     exposed: bool,
@@ -403,6 +407,7 @@ impl Shadow {
             hole: None,
             ahead_since: None,
             touched: false,
+            pledge: None,
             repeated: None,
             exposed: false,
             live: false,
@@ -484,6 +489,7 @@ impl Shadow {
     /// shadow lacks, and never repeat them.
     pub fn expose(&mut self) {
         self.exposed = true;
+        self.pledge = None;
     }
 
     /// The client may have been told of bytes that this shadow lacks.
@@ -517,60 +523,6 @@ impl Shadow {
         self.handshake.guarded = true;
     }
 
-    /// The client was told, by the active, that everything before `ack` had arrived.
-    pub fn note_told(&mut self, ack: u32) {
-        self.active_ack = later(self.active_ack, ack);
-    }
-
-    /// Notes that the flow is to be confirmed; returns whether that is news.
-    pub fn touch(&mut self) -> bool {
-        self.handshake.guarded && !std::mem::replace(&mut self.touched, true)
-    }
-
-    /// What this shadow holds, for the active's ACK gate: one confirmation, or as many as it takes to name
-    /// the ranges that grew behind holes since the last time, latest first (RFC 2018 section 4). Before them the
-    /// one that the client has sent again: it has not heard that it arrived (RFC 2883 section 4).
-    ///
-    /// `room`: bytes that it may still store.
-    pub fn confirm(&mut self, room: usize, mut tell: impl FnMut(Confirm)) {
-        self.touched = false;
-        let room = REORDER_LIMIT
-            .saturating_sub(self.reorder.bytes())
-            .min(room)
-            .max(BUFFER);
-        // What was promised once stays promised: smoltcp's own buffer is behind it.
-        let edge = self.held_next().wrapping_add(room as u32);
-        self.active_edge = later(self.active_edge, edge);
-        let first = self.handshake.client_isn.wrapping_add(1);
-        let grown = self.reorder.take_grown(self.held);
-        let grown = grown
-            .iter()
-            .map(|(l, r)| (first.wrapping_add(*l as u32), first.wrapping_add(*r as u32)));
-        let blocks: Vec<_> = self.repeated.take().into_iter().chain(grown).collect();
-        let confirm = Confirm {
-            flow: self.flow,
-            client_isn: self.handshake.client_isn,
-            ack: self
-                .held_next()
-                .wrapping_add(faulty!(ConfirmTooMuch).into()),
-            edge: self.active_edge,
-            sack: Sack::default(),
-        };
-        if blocks.is_empty() {
-            tell(confirm);
-        }
-        for blocks in blocks.chunks(3) {
-            let sack = blocks.iter().copied().collect();
-            tell(Confirm { sack, ..confirm });
-        }
-    }
-
-    /// Up to which sequence number the active may let the client send.
-    #[cfg(any(test, feature = "simulation"))]
-    pub(crate) fn confirmed_edge(&self) -> u32 {
-        self.active_edge
-    }
-
     /// Gives back what an idle flow need not hold.
     pub fn relax(&mut self) {
         if self.proof.is_empty() {
@@ -590,7 +542,7 @@ impl Shadow {
     }
 
     /// Behind the last sequence number that is held without a hole before it.
-    fn held_next(&self) -> u32 {
+    pub(crate) fn held_next(&self) -> u32 {
         let fin_held = self.fin_taken || self.fin_at == Some(self.held);
         self.handshake
             .client_isn

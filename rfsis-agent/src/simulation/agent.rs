@@ -16,7 +16,8 @@ use crate::fault::faulty;
 use crate::flows::{Flows, TakeoverReport};
 use crate::metrics::{FlowCondition, FrameResult};
 use crate::node::{Node, NodeConfig};
-use crate::sync::{Channel, Prompts, Record, Snapshot};
+use crate::pledge::Pledges;
+use crate::sync::{Channel, Prompts, Snapshot};
 
 const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
 
@@ -47,6 +48,8 @@ pub(crate) struct Terms {
     pub(crate) memory: usize,
     /// From something that wakes the shadow thread until it runs, ns.
     pub(crate) latency: Nanos,
+    /// Bytes of a client from which on the standby's program confirms by itself.
+    pub(crate) pledged_from: u64,
 }
 
 impl Terms {
@@ -181,9 +184,13 @@ impl Machine {
         let (timeout, interval) = (self.terms.timeout, self.terms.interval);
         let exchange = || {
             let channel = Channel::new(KEY, "demo", address(own), address(peer), session);
-            let prompts = Prompts::new(KEY, "demo", address(own), address(peer), PORT);
+            let mut prompts = Prompts::new(KEY, "demo", address(own), address(peer), PORT);
+            prompts.share(self.kernel.maps.prompted.clone());
             let guard = guard(timeout, mirror);
-            Exchange::new(channel, prompts, session, guard, timeout, interval)
+            let mut exchange = Exchange::new(channel, prompts, session, guard, timeout, interval);
+            let words = self.kernel.maps.pledges.clone();
+            exchange.pledges = Pledges::new(words, SLOTS as u32, self.terms.pledged_from);
+            exchange
         };
         self.agent = Some(Agent {
             session,
@@ -398,6 +405,11 @@ impl Machine {
         if now >= agent.next_lost {
             agent.next_lost = now + LOST_INTERVAL;
             self.take_lost(&mut agent);
+            // The ring is empty.
+            if let Some(exchange) = &mut agent.exchange {
+                let (flows, maps) = (&mut agent.flows, &mut self.kernel.maps);
+                exchange.pledges.check(flows, &mut self.world, maps);
+            }
         }
         let promises = agent.flows.has_room();
         self.kernel.maps.agreement.promise = if promises { now + PROMISE } else { 0 };
@@ -492,21 +504,30 @@ impl Machine {
     /// How the flows are, and up to where their clients' bytes are there, those in the ring included.
     fn views(&self, agent: &Agent, at: Nanos) -> Vec<View> {
         let view = |(flow, track): (&FlowKey, &Track)| {
-            let mut track = track.clone();
-            for frame in &self.kernel.ring {
-                if frame.arrival <= at
-                    && self.counts(frame)
-                    && let Ok((of, segment)) = parse(&frame.packet, frame.direction)
-                    && (of, frame.direction) == (*flow, Direction::ToVip)
-                {
-                    track.show(&segment);
-                }
-            }
-            let held = track.shown + u64::from(track.fin.is_some_and(|fin| fin <= track.shown));
+            let held = self.held(*flow, track, at);
             let shown = track.client_isn.wrapping_add(1).wrapping_add(held as u32);
             (*flow, agent.flows.condition(*flow), shown)
         };
         self.world.tracks.iter().map(view).collect()
+    }
+
+    /// Up to where a client's bytes are there, from the first, what has come into the ring until `at` included; a FIN counts one.
+    pub(crate) fn held(&self, flow: FlowKey, track: &Track, at: Nanos) -> u64 {
+        let mut shown = (track.shown, track.fin);
+        let frames = || self.kernel.ring.iter().filter(|frame| frame.arrival <= at);
+        if frames().next().is_some() {
+            let mut track = track.clone();
+            for frame in frames().filter(|frame| self.counts(frame)) {
+                if let Ok((of, segment)) = parse(&frame.packet, frame.direction)
+                    && (of, frame.direction) == (flow, Direction::ToVip)
+                {
+                    track.show(&segment);
+                }
+            }
+            shown = (track.shown, track.fin);
+        }
+        let (shown, fin) = shown;
+        shown + u64::from(fin.is_some_and(|fin| fin <= shown))
     }
 
     fn take_lost(&mut self, agent: &mut Agent) {
@@ -707,64 +728,5 @@ impl Agent {
     /// Whether its node is, whatever it was before.
     pub(crate) fn is_standby(&self) -> bool {
         self.pulse.node.state() == NodeKind::Standby
-    }
-}
-
-impl World {
-    /// Nothing of the agent's is left.
-    fn clear(&mut self) {
-        self.live.clear();
-        self.approved.clear();
-        self.sent.clear();
-        self.adopted.clear();
-    }
-
-    /// The shadows are shown a frame.
-    pub(crate) fn show(&mut self, packet: &[u8], direction: Direction) {
-        if let Ok((flow, segment)) = parse(packet, direction)
-            && let Some(track) = self.tracks.get_mut(&flow)
-        {
-            match direction {
-                Direction::ToVip => track.show(&segment),
-                Direction::FromVip => track.active(&segment),
-            }
-        }
-    }
-
-    /// The peer says this, and the shadows have not heard it yet.
-    fn note_record(&mut self, record: &Record) {
-        match record {
-            Record::Offer(offer) => {
-                if let Some(track) = self.tracks.get_mut(&offer.flow)
-                    && track.arriving.replace(offer.join) != Some(offer.join)
-                {
-                    // For the judge: it begins anew.
-                    track.forget_shown();
-                    track.parts.clear();
-                }
-            }
-            Record::Part(part) => {
-                if let Some(track) = self.tracks.get_mut(&part.flow) {
-                    if track.parts.len() == part.offset as usize {
-                        track.parts.extend_from_slice(&part.bytes);
-                    }
-                    let whole = track.parts.len() == part.total as usize;
-                    track.offered = Snapshot::parse(&track.parts).ok().filter(|_| whole);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Shadows that were made of a snapshot hold what it says.
-    fn note_restored(&mut self, flows: &Flows) {
-        for (flow, track) in &mut self.tracks {
-            if let Some(snapshot) = &track.offered
-                && flows.client_isn(*flow) == Some(snapshot.client_isn())
-                && let Some(snapshot) = track.offered.take()
-            {
-                track.show_snapshot(&snapshot);
-            }
-        }
     }
 }

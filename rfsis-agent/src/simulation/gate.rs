@@ -1,18 +1,24 @@
 //! The ACK gate's maps. What decides is [`rfsis_common::ack_gate`], as in the kernel.
 
+use std::sync::atomic::Ordering;
+
 use rfsis_common::ack_gate::{
     AckGateVerdict, AckVerdict, Confirmation, Guarded, OpeningKind, Outgoing, Sent, ack_decide,
     note_open, note_release, release, syn_ack_decide,
 };
 use rfsis_common::agree::Pending;
-use rfsis_common::frame::tcp_flags;
+use rfsis_common::frame::{TcpPart, tcp_flags};
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::options::is_told;
-use rfsis_common::prompt::{Delegated, PromptPeer, PromptSeen, acknowledgement};
+use rfsis_common::pledge::{self, Held, Pledged, Room, confirmation, grown, is_plain};
+use rfsis_common::prompt::{
+    Delegated, PromptPeer, PromptSeen, acknowledgement, seal as prompt_seal,
+};
 
 use super::*;
 use crate::fault::faulty;
 use crate::guard::{Guard, GuardConfig, GuardEffects, slots};
+use crate::pledge::{PledgeEffects, Words};
 use crate::segment::{self, Options};
 use crate::sync::{Confirm, Snapshot, prompt};
 
@@ -47,6 +53,10 @@ pub(crate) struct Maps {
     pub(crate) openings: VecDeque<Opening>,
     /// Openings on which the kernels agree.
     pub(crate) agreement: Agreement,
+    /// What the standby's program may confirm by itself.
+    pub(crate) pledged: HashMap<FlowKey, Pledged>,
+    pub(crate) pledges: Words,
+    pub(crate) prompted: Words,
     /// How often each verdict was given.
     pub(crate) verdicts: [usize; AckGateVerdict::ALL.len()],
 }
@@ -71,8 +81,46 @@ impl Default for Maps {
             wanted: vec![],
             openings: VecDeque::new(),
             agreement: Agreement::default(),
+            pledged: HashMap::default(),
+            pledges: Words::own(SLOTS * pledge::WORDS),
+            prompted: Words::own(1),
             verdicts: [0; AckGateVerdict::ALL.len()],
         }
+    }
+}
+
+impl PledgeEffects for Maps {
+    fn pledge(&mut self, flow: FlowKey, pledged: Pledged) -> bool {
+        self.pledged.insert(flow, pledged);
+        true
+    }
+
+    fn retract(&mut self, flow: FlowKey) {
+        self.pledged.remove(&flow);
+    }
+}
+
+impl Maps {
+    /// What the standby's program says to a segment that is in its ring.
+    pub(crate) fn confirm_pledged(&self, tcp: &TcpPart, now: Nanos) -> Option<Vec<u8>> {
+        if !is_plain(tcp) || now >= self.agreement.promise || self.agreement.peer.port == 0 {
+            return None;
+        }
+        let pledged = *self.pledged.get(&tcp.flow)?;
+        let word = |place| {
+            self.pledges
+                .get(pledged.slot as usize * pledge::WORDS + place)
+        };
+        let (held, told) = (word(pledge::HELD)?, word(pledge::TOLD)?);
+        let order = Ordering::SeqCst;
+        let room = Room::from_word(word(pledge::ROOM)?.load(order));
+        let grown = grown(pledged, Held::from_word(held.load(order)), room, tcp)?;
+        held.store(grown.word(), order);
+        told.store(room.edge().into(), order);
+        let sequence = self.prompted.get(0)?.fetch_add(1, order) + 1;
+        let record = confirmation(grown, room, tcp);
+        let words = prompt_seal(&record, sequence, false, self.agreement.peer.prompting);
+        Some(words.into_iter().flat_map(u64::to_ne_bytes).collect())
     }
 }
 
@@ -246,7 +294,7 @@ impl Maps {
             return;
         }
         if let Some(due) = release(&self.sent[slot], confirmed, guarded.shift) {
-            let words = acknowledgement(VIP.into(), flow, &due);
+            let words = acknowledgement(VIP.into(), flow, &due, false);
             let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_be_bytes).collect();
             self.send(&bytes[..usize::from(u16::from_be_bytes([bytes[2], bytes[3]]))]);
         }

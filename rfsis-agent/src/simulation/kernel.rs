@@ -80,6 +80,8 @@ pub(crate) struct Kernel {
     pub(crate) lost: Vec<(FlowKey, Nanos)>,
     pub(crate) held: VecDeque<HeldEvent>,
     pub(crate) out: Vec<Out>,
+    /// What the standby's program has confirmed by itself, times.
+    pub(crate) pledges_kept: u64,
 }
 
 /// An Ethernet frame, as far as the programs look at it.
@@ -109,6 +111,7 @@ impl Kernel {
             lost: vec![],
             held: VecDeque::new(),
             out: vec![],
+            pledges_kept: 0,
         }
     }
 
@@ -117,6 +120,7 @@ impl Kernel {
         let tweaks = std::mem::take(&mut self.tweaks);
         *self = Self {
             has_agent: true,
+            pledges_kept: self.pledges_kept,
             ..Self::new(self.setup, self.seed.wrapping_add(0x9e37), tweaks)
         };
     }
@@ -190,10 +194,32 @@ impl Kernel {
                     answered: answer.is_some(),
                 });
             }
-            self.out.extend(answer.map(Out::Datagram));
+            let said = answer.or_else(|| self.pledge(packet, direction, state, from_peer, now));
+            self.out.extend(said.map(Out::Datagram));
         } else if let Ok((flow, _)) = parse(packet, direction) {
             self.lost.push((flow, now));
         }
+    }
+
+    /// What the standby's program confirms of a copy that is in the ring.
+    fn pledge(
+        &mut self,
+        packet: &[u8],
+        direction: Direction,
+        state: NodeKind,
+        from_peer: bool,
+        now: Nanos,
+    ) -> Option<Vec<u8>> {
+        let copied = self.setup.mirror && from_peer && direction == Direction::ToVip;
+        if state != NodeKind::Standby || !copied {
+            return None;
+        }
+        let said = self.maps.confirm_pledged(classified(packet).tcp()?, now)?;
+        self.pledges_kept += 1;
+        if faulty!(PledgeLost) {
+            self.ring.pop_back();
+        }
+        Some(said)
     }
 
     /// What the standby's program notes of a handshake that goes into the ring, and what it answers.

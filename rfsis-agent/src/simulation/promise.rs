@@ -47,6 +47,8 @@ pub struct Tally {
     pub adopted: u64,
     /// Openings on which the kernels agreed by themselves.
     pub agreed: u64,
+    /// Times that the standby's kernel has confirmed what was in its ring.
+    pub pledges_kept: u64,
     /// Flows that were called unprotected when their active failed, by reason.
     pub exempt: BTreeMap<Exempt, u64>,
     /// Of these, those that were lost.
@@ -69,6 +71,7 @@ impl Tally {
             (&mut self.again, other.again),
             (&mut self.adopted, other.adopted),
             (&mut self.agreed, other.agreed),
+            (&mut self.pledges_kept, other.pledges_kept),
             (&mut self.lost, other.lost),
             (&mut self.replayed, other.replayed),
             (&mut self.events, other.events),
@@ -90,8 +93,8 @@ impl fmt::Display for Tally {
         )?;
         writeln!(
             f,
-            "{} takeovers; {} times a flow that was called protected went on, {} of them not for the first time; {} adopted",
-            self.takeovers, self.survived, self.again, self.adopted
+            "{} confirmations by the standby's kernel alone; {} takeovers; {} times a flow that was called protected went on, {} of them not for the first time; {} adopted",
+            self.pledges_kept, self.takeovers, self.survived, self.again, self.adopted
         )?;
         write!(f, "called unprotected when their active failed:")?;
         for (reason, count) in &self.exempt {

@@ -210,6 +210,8 @@ impl Scenario {
             timeout: rng.pick(&[takeover_time, 3 * takeover_time]),
             memory: rng.pick(&[256 << 20, 256 << 20, 256 << 20, 16 << 10]),
             latency: rng.pick(&[0, 20_000, 200_000]),
+            // Not drawn: older seeds would be other histories.
+            pledged_from: [0, 0, 3_000, u64::MAX][seed as usize % 4],
         };
         let rough = rng.pick(&[0, 0, 5, 40]);
         let mut up_to = |most: u64| rng.below(most + 1);

@@ -17,6 +17,7 @@ fn many_seeds_hold_and_the_runs_are_not_empty() {
     }
     assert!(tally.survived > 50, "{tally}");
     assert!(tally.agreed > 50, "{tally}");
+    assert!(tally.pledges_kept > 500, "{tally}");
     assert!(tally.again > 0 || tally.adopted > 5, "{tally}");
     assert!(tally.exempt.len() > 2 && tally.lost > 0, "{tally}");
     assert!(tally.ended * 10 > tally.connections * 8, "{tally}");
@@ -59,6 +60,7 @@ fn faults_that_any_history_shows_are_caught_at_once() {
         Fault::HoldNothing,
         Fault::LowerNoAck,
         Fault::ConfirmTooMuch,
+        Fault::PledgeLost,
         Fault::TakeOverEarly,
         Fault::OfferTooEarly,
         Fault::IgnoreLease,

@@ -1,7 +1,8 @@
 //! What a flow was promised, and the judge of what a live shadow does.
 
 use super::*;
-use crate::sync::Snapshot;
+use crate::flows::Flows;
+use crate::sync::{Record, Snapshot};
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Track {
@@ -341,6 +342,65 @@ pub(crate) struct World {
     pub(crate) refusals: usize,
     pub(crate) adopted: Vec<(Numbers, Unfinished)>,
     pub(crate) tracks: HashMap<FlowKey, Track>,
+}
+
+impl World {
+    /// Nothing of the agent's is left.
+    pub(crate) fn clear(&mut self) {
+        self.live.clear();
+        self.approved.clear();
+        self.sent.clear();
+        self.adopted.clear();
+    }
+
+    /// The shadows are shown a frame.
+    pub(crate) fn show(&mut self, packet: &[u8], direction: Direction) {
+        if let Ok((flow, segment)) = parse(packet, direction)
+            && let Some(track) = self.tracks.get_mut(&flow)
+        {
+            match direction {
+                Direction::ToVip => track.show(&segment),
+                Direction::FromVip => track.active(&segment),
+            }
+        }
+    }
+
+    /// The peer says this, and the shadows have not heard it yet.
+    pub(crate) fn note_record(&mut self, record: &Record) {
+        match record {
+            Record::Offer(offer) => {
+                if let Some(track) = self.tracks.get_mut(&offer.flow)
+                    && track.arriving.replace(offer.join) != Some(offer.join)
+                {
+                    // For the judge: it begins anew.
+                    track.forget_shown();
+                    track.parts.clear();
+                }
+            }
+            Record::Part(part) => {
+                if let Some(track) = self.tracks.get_mut(&part.flow) {
+                    if track.parts.len() == part.offset as usize {
+                        track.parts.extend_from_slice(&part.bytes);
+                    }
+                    let whole = track.parts.len() == part.total as usize;
+                    track.offered = Snapshot::parse(&track.parts).ok().filter(|_| whole);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Shadows that were made of a snapshot hold what it says.
+    pub(crate) fn note_restored(&mut self, flows: &Flows) {
+        for (flow, track) in &mut self.tracks {
+            if let Some(snapshot) = &track.offered
+                && flows.client_isn(*flow) == Some(snapshot.client_isn())
+                && let Some(snapshot) = track.offered.take()
+            {
+                track.show_snapshot(&snapshot);
+            }
+        }
+    }
 }
 
 impl Effects for World {

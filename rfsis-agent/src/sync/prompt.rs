@@ -1,16 +1,18 @@
 //! Prompt datagrams, as user space makes and reads them: `rfsis_common::prompt` says what they are for.
 
 use std::net::Ipv4Addr;
+use std::sync::atomic::Ordering;
 
 use rfsis_common::ack_gate::Confirmation;
 use rfsis_common::agree::{ANSWER_LEN, AgreePeer, Answer, AnswerWords};
 use rfsis_common::prompt::{
     HEADER_LEN, MAGIC, MAX_LEN, MAX_RECORDS, PromptPeer, PromptRecord, PromptSeen, RECORD_LEN,
-    SipHash, TAG_LEN, VERSION, len_of,
+    SEQUENCE, SipHash, TAG_LEN, VERSION, WRITTEN, head, len_of,
 };
 
 use super::{Confirm, Sack, SyncError};
 use crate::auth::{ClusterKey, cluster_id};
+use crate::pledge::Words;
 
 /// What the keys are derived for: confirmations, and openings on which the kernels agree.
 const PROMPT: &str = "rfsis prompt 1";
@@ -39,8 +41,10 @@ pub struct Prompts {
     sending: [u64; 2],
     receiving: PromptPeer,
     agreeing: AgreePeer,
-    /// Of the last datagram sealed.
-    sequence: u64,
+    /// One word: the sequence of the last datagram sealed, here or by the programs.
+    sequence: Words,
+    /// How many were sealed here.
+    sealed: u64,
     /// Number of the element in which the programs note what came to them.
     seen_by_programs: u32,
 }
@@ -58,9 +62,22 @@ impl Prompts {
             sending: [0; 2],
             receiving: PromptPeer::default(),
             agreeing: AgreePeer::default(),
-            sequence: 0,
+            sequence: Words::own(1),
+            sealed: 0,
             seen_by_programs: 0,
         }
+    }
+
+    /// Shares the sequence with the programs: one word.
+    pub fn share(&mut self, sequence: Words) {
+        self.sequence = sequence;
+    }
+
+    /// How many datagrams the programs have made.
+    pub fn sealed_by_programs(&self) -> u64 {
+        let last = self.sequence.get(0);
+        let last = last.map_or(0, |last| last.load(Ordering::SeqCst));
+        last.saturating_sub(self.sealed)
     }
 
     /// The nodes are in another term than before, or in none. Gives from whom the kernel is to take datagrams, and
@@ -70,7 +87,6 @@ impl Prompts {
             return None;
         }
         self.term = term;
-        self.sequence = 0;
         self.seen_by_programs ^= 1;
         self.receiving = PromptPeer::nobody(self.seen_by_programs);
         self.agreeing = AgreePeer::default();
@@ -94,8 +110,9 @@ impl Prompts {
                 node,
                 port,
                 reserved: 0,
+                prompting: own_key(PROMPT),
             };
-            self.sending = own_key(PROMPT);
+            self.sending = agreeing.prompting;
             (self.receiving, self.agreeing) = (receiving, agreeing);
         }
         Some((self.receiving, self.agreeing))
@@ -145,11 +162,14 @@ impl Prompts {
             return;
         }
         for chunk in confirms.chunks(MAX_RECORDS) {
-            self.sequence += 1;
+            let Some(last) = self.sequence.get(0) else {
+                return;
+            };
+            let sequence = last.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+            self.sealed += 1;
             let mut datagram = [0; MAX_LEN];
-            datagram[..4].copy_from_slice(&MAGIC);
-            datagram[4] = VERSION;
-            datagram[8..16].copy_from_slice(&self.sequence.to_be_bytes());
+            datagram[..8].copy_from_slice(&head(false).to_ne_bytes());
+            datagram[SEQUENCE * 8..HEADER_LEN].copy_from_slice(&sequence.to_be_bytes());
             let mut end = HEADER_LEN;
             for confirm in chunk {
                 let record = PromptRecord {
@@ -157,8 +177,10 @@ impl Prompts {
                     client_isn: confirm.client_isn,
                     confirmation: Confirmation::new(confirm.ack, confirm.edge),
                 };
-                datagram[end..end + RECORD_LEN].copy_from_slice(&record.to_bytes());
-                end += RECORD_LEN;
+                for word in record.to_words() {
+                    datagram[end..end + 8].copy_from_slice(&word.to_ne_bytes());
+                    end += 8;
+                }
             }
             let tag = tag(self.sending, &datagram[..end]);
             datagram[end..end + TAG_LEN].copy_from_slice(&tag);
@@ -243,7 +265,7 @@ pub fn open(
     }
     let words = message.as_chunks().0;
     let word = |at: usize| words.get(at).copied().map_or(0, u64::from_be_bytes);
-    let seen = seen.accept(word(1)).ok_or(SyncError::Stale)?;
+    let seen = seen.accept(word(SEQUENCE)).ok_or(SyncError::Stale)?;
     let confirms = (HEADER_LEN..message.len()).step_by(RECORD_LEN).map(|at| {
         let at = at / 8;
         let words = [at, at + 1, at + 2].map(|at| word(at).to_be());
@@ -262,7 +284,9 @@ pub fn open(
 /// The tag of a message of whole words.
 fn tag(key: [u64; 2], message: &[u8]) -> [u8; TAG_LEN] {
     let mut hash = SipHash::new(key);
-    for word in message.as_chunks().0 {
+    for (index, word) in message.as_chunks().0.iter().enumerate() {
+        // A device may have written here.
+        let word = if index == WRITTEN { &[0; 8] } else { word };
         hash.absorb(u64::from_ne_bytes(*word));
     }
     let [a, b] = hash.finish(message.len());
@@ -277,6 +301,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
     use rfsis_common::maps::FlowKey;
+    use rfsis_common::prompt;
 
     use super::*;
 
@@ -352,7 +377,8 @@ mod tests {
         fn any_flipped_bit_and_any_other_length_is_refused(confirms in vec(confirms(), 1..9)) {
             let datagram = &seal(&mut a(), &confirms)[0];
             let (receiver, seen) = (b(), PromptSeen::default());
-            for bit in 0..datagram.len() * 8 {
+            let written = WRITTEN * 64..(WRITTEN + 1) * 64;
+            for bit in (0..datagram.len() * 8).filter(|bit| !written.contains(bit)) {
                 let mut flipped = datagram.clone();
                 flipped[bit / 8] ^= 1 << (bit % 8);
                 prop_assert!(receiver.open(&flipped, A, seen).is_err(), "bit {}", bit);
@@ -450,8 +476,50 @@ mod tests {
         let datagram = seal(&mut sender, &[confirm]).remove(0);
         let record: Vec<u8> = (1..=20).chain([0; 4]).collect();
         let sequence = 2_u64.to_be_bytes();
-        let expected = [b"RFSP\x01\0\0\0", &sequence[..], &record].concat();
-        assert_eq!(datagram[..40], expected);
-        assert_eq!(datagram.len(), 56);
+        let expected = [b"RFSP\x02\0\0\0", &[0; 8], &sequence[..], &record].concat();
+        assert_eq!(datagram[..48], expected);
+        assert_eq!(datagram.len(), 64);
+    }
+
+    #[test]
+    fn the_kernels_datagrams_are_those_of_the_agent_and_count_in_the_same_sequence() {
+        let (mut sender, receiver) = (a(), b());
+        let shared = Words::own(1);
+        sender.share(shared.clone());
+        let confirm = Confirm {
+            flow: FlowKey {
+                client_addr: 1,
+                client_port: 2,
+                service_port: 3,
+            },
+            client_isn: 4,
+            ack: 5,
+            edge: 6,
+            sack: Sack::default(),
+        };
+        let record = PromptRecord {
+            flow: confirm.flow,
+            client_isn: confirm.client_isn,
+            confirmation: Confirmation::new(confirm.ack, confirm.edge),
+        };
+        let own = seal(&mut sender, &[confirm]).remove(0);
+        let sequence = shared.get(0).unwrap();
+        assert_eq!(sequence.fetch_add(1, Ordering::SeqCst), 1);
+        let key = sender.agreeing().prompting;
+        let bytes = |words: prompt::One| -> Vec<u8> {
+            words.into_iter().flat_map(u64::to_ne_bytes).collect()
+        };
+        assert_eq!(bytes(prompt::seal(&record, 1, false, key)), own);
+        let mut seen = PromptSeen::default();
+        let mut kernels = bytes(prompt::seal(&record, 2, true, key));
+        // A device has finished the checksum.
+        kernels[8..10].copy_from_slice(&[7, 7]);
+        let later = seal(&mut sender, &[confirm]).remove(0);
+        for datagram in [own, kernels, later] {
+            let (said, now) = receiver.open(&datagram, A, seen).unwrap();
+            assert_eq!(said, [confirm]);
+            seen = now;
+        }
+        assert_eq!((seen.highest, sender.sealed_by_programs()), (3, 1));
     }
 }

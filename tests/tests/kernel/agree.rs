@@ -9,14 +9,14 @@ use rfsis_agent::sync::{Prompts, Term};
 use rfsis_common::ack_gate::{AckGateVerdict, Agreed, OpeningEvent, OpeningKind, Sent};
 use rfsis_common::agree::{AgreePeer, Answer, PAYLOAD, TcpHeader, digest};
 use rfsis_common::frame::tcp_flags::{ACK, SYN};
-use rfsis_common::maps::{FrameHeader, MirrorPeer, State, frame_flags};
+use rfsis_common::maps::{FrameHeader, MirrorPeer, Promise, State, frame_flags};
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use tests::patience::wait_until;
 
 use crate::frames::{FLOW, OWN, OWN_MAC, STANDBY, from_vip, with, with_ip_options};
 use crate::host::{
-    in_namespace, load_guarding_mirror, now_ns, packet_socket, receive, run, set_state, transmit,
-    veth,
+    in_namespace, index_of, load_guarding_mirror, now_ns, packet_socket, receive, run, set_state,
+    transmit, veth,
 };
 use crate::prompt::{PEER, PORT, QUIET, folded, udp};
 use crate::segments::{FIRST, NEXT, Segment, pseudo_header, pure};
@@ -26,10 +26,10 @@ const SLOT: u32 = 5;
 const SHIFT: u8 = 7;
 const WINDOW: u16 = 64_000;
 /// The active's end of the LAN, as the standby sees it.
-const ACTIVE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub const ACTIVE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// What a node agrees by.
-fn peers(node: Ipv4Addr, peer: Ipv4Addr, sessions: (u64, u64)) -> (Prompts, AgreePeer) {
+pub fn peers(node: Ipv4Addr, peer: Ipv4Addr, sessions: (u64, u64)) -> (Prompts, AgreePeer) {
     let mut prompts = Prompts::new(KEY, "demo", node, peer, PORT);
     let term = Term {
         own_session: sessions.0,
@@ -41,10 +41,10 @@ fn peers(node: Ipv4Addr, peer: Ipv4Addr, sessions: (u64, u64)) -> (Prompts, Agre
 }
 
 /// A node on one end of a cable, and at the other the LAN.
-struct Node {
-    programs: Programs,
-    maps: GuardMaps,
-    lan: OwnedFd,
+pub struct Node {
+    pub programs: Programs,
+    pub maps: GuardMaps,
+    pub lan: OwnedFd,
     openings: RingBuf<MapData>,
     /// The agent's end of the sync channel.
     agent: UdpSocket,
@@ -358,10 +358,15 @@ fn the_active_keeps_only_what_it_can_let_go_by_itself() {
 }
 
 /// A standby whose agent lets it promise until then, and its frame ring.
-fn standby(mode: XdpMode, until: u64) -> (Node, RingBuf<MapData>) {
+pub fn standby(mode: XdpMode, until: u64) -> (Node, RingBuf<MapData>) {
     let (_, peer) = peers(OWN, PEER, (2, 1));
     let mut node = Node::new(mode, State::Standby, peer);
-    node.maps.promise(until).unwrap();
+    let promise = Promise {
+        until_ns: until,
+        from: MirrorPeer::at(ACTIVE_MAC),
+        ifindex: index_of("eth0").into(),
+    };
+    node.maps.promise(promise).unwrap();
     let frames = node.programs.take_frames().unwrap();
     (node, frames)
 }
@@ -376,7 +381,7 @@ fn is_answered(frames: &mut RingBuf<MapData>) -> bool {
     flags & frame_flags::ANSWERED != 0
 }
 
-fn is_answer(frame: &[u8]) -> bool {
+pub fn is_answer(frame: &[u8]) -> bool {
     frame[..12] == [ACTIVE_MAC, OWN_MAC].concat()
 }
 

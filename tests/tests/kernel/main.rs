@@ -16,6 +16,7 @@ mod mirror;
 mod model;
 mod netif;
 mod openings;
+mod pledge;
 mod prompt;
 mod rig;
 mod rings;

@@ -10,10 +10,11 @@ use rfsis_agent::sync::{Confirm, Prompts, Sack, Term};
 use rfsis_common::ack_gate::{Confirmation, Guarded, Sent};
 use rfsis_common::frame::tcp_flags::ACK;
 use rfsis_common::maps::{FlowKey, State};
-use rfsis_common::prompt::{Delegated, MAX_RECORDS, PromptSeen};
+use rfsis_common::prompt::{Delegated, MAX_RECORDS, PromptRecord, PromptSeen, seal};
 
 use crate::frames::{CLIENT, FLOW, OWN, SERVICE, VIP, ethernet, from_vip, ipv4, tagged, with};
 use crate::host::{in_namespace, load_guarding, packet_socket, receive, run, set_state, veth};
+use crate::segments::pseudo_header;
 
 pub const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 2);
 pub const PORT: u16 = 9501;
@@ -313,13 +314,53 @@ fn a_full_datagram_is_taken_and_more_go_into_another() {
     });
 }
 
+/// The buffer of the ACK is that of the datagram. If the standby's kernel made that of a copy of which a device was to finish
+/// the checksum, it depends on whether one has done so on the way what the checksum must be.
+#[test]
+fn what_the_standbys_kernel_confirms_counts_and_a_checksum_is_left_to_who_finishes_it() {
+    in_namespace(|| {
+        let mut node = Node::new(Some(XdpMode::Tc));
+        node.open(3, flow(0), FIRST + 3000, &STAMPS);
+        let key = node.standby.agreeing().prompting;
+        let mut sequence = 0;
+        for (unfinished, written, is_left) in [
+            (false, [0, 0], false),
+            (true, [7, 7], false),
+            (true, [0, 0], true),
+        ] {
+            sequence += 1;
+            let ack = FIRST + 100 * sequence as u32;
+            let record = PromptRecord {
+                flow: flow(0),
+                client_isn: FIRST - 1,
+                confirmation: Confirmation::new(ack, FIRST + 100_000),
+            };
+            let words = seal(&record, sequence, unfinished, key);
+            let bytes = words.into_iter().flat_map(u64::to_ne_bytes).collect();
+            node.transmit(&from_peer(&with(bytes, 8, &written)));
+            let mut told = node.told().unwrap();
+            if is_left {
+                let sum = folded(&pseudo_header(told.len() - 34));
+                assert_eq!(told[50..52], sum.to_be_bytes(), "as much as a device needs");
+                // As the device does it: the sum of all from the TCP header on.
+                let sum = !folded(&told[34..]);
+                told[50..52].copy_from_slice(&sum.to_be_bytes());
+            }
+            assert_tells(&told, flow(0), ack, &STAMPS);
+            assert_eq!(node.left_to_agent(), None, "{unfinished} {written:?}");
+        }
+    });
+}
+
 #[test]
 fn what_is_forged_replayed_or_cut_has_no_effect_in_the_kernel() {
     in_namespace(|| {
         let mut node = Node::new(Some(XdpMode::Tc));
         node.open(3, flow(0), FIRST + 3000, &STAMPS);
         let genuine = node.datagrams(&[confirm(flow(0), FIRST + 1000)]).remove(0);
-        let mut table: Vec<(String, Vec<u8>)> = (0..genuine.len())
+        // But for what a device may write.
+        let signed = (0..genuine.len()).filter(|at| !(8..16).contains(at));
+        let mut table: Vec<(String, Vec<u8>)> = signed
             .map(|at| {
                 let changed = with(genuine.clone(), at, &[genuine[at] ^ 0x10]);
                 (format!("byte {at} changed"), from_peer(&changed))

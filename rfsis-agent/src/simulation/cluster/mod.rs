@@ -191,7 +191,9 @@ impl Cluster {
         let ended = (0..self.conns.len()).filter(|index| self.is_done(*index));
         let (connections, ended) = (self.conns.len() as u64, ended.count() as u64);
         let lost = self.conns.iter().filter(|conn| conn.reset).count() as u64;
+        let pledges_kept = self.machines.iter().map(|m| m.kernel.pledges_kept).sum();
         let tally = &mut self.promises.tally;
+        tally.pledges_kept = pledges_kept;
         tally.runs = 1;
         tally.connections = connections;
         tally.ended = ended;
@@ -471,7 +473,7 @@ impl Cluster {
             self.edges.insert(flow, furthest);
             return;
         };
-        let held = track.shown + u64::from(track.fin.is_some_and(|fin| fin <= track.shown));
+        let held = standby.held(flow, track, self.now);
         let told = distance(track.client_isn.wrapping_add(1), ack);
         let port = flow.client_port;
         hold!(
