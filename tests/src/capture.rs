@@ -436,6 +436,24 @@ impl Trace {
         voices
     }
 
+    /// For how long two spoke for the VIP at the same time: from the first frame of `new` to the last of `old`.
+    ///
+    /// # Errors
+    /// When `old` was not the first to speak, or `new` not the last; says who spoke.
+    pub fn overlap(&self, old: [u8; 6], new: [u8; 6]) -> Result<Duration> {
+        let voices = self.voices();
+        ensure!(
+            voices.first() == Some(&old) && voices.last() == Some(&new),
+            "not from {old:?} to {new:?}: {voices:?}"
+        );
+        let began = self.from_vip_by(new).next().map(|frame| frame.at);
+        let ended = self.from_vip_by(old).last().map(|frame| frame.at);
+        let overlap = began
+            .zip(ended)
+            .map(|(began, ended)| ended.duration_since(began));
+        Ok(overlap.and_then(Result::ok).unwrap_or_default())
+    }
+
     /// That after the first frame for the VIP by `survivor` there is none by `dead`.
     ///
     /// # Errors
@@ -608,13 +626,27 @@ mod tests {
     }
 
     #[test]
-    fn voices_that_overlap_are_heard_by_turns() {
+    fn voices_that_overlap_are_heard_by_turns_and_for_how_long() {
         let (a, b) = (Host::A.mac(), Host::B.mac());
         let [by_a, by_b] = [a, b].map(|mac| segment(mac, 1, false, false, b"x"));
         let handed_over = trace([by_a.clone(), by_a.clone(), by_b.clone(), by_b.clone()]);
         assert_eq!(handed_over.voices(), [a, b]);
-        let late = trace([by_a.clone(), by_b.clone(), by_a, by_b]);
+        assert_eq!(handed_over.overlap(a, b).unwrap(), Duration::ZERO);
+        assert!(handed_over.overlap(b, a).is_err());
+        let later = |frame: &CapturedFrame, millis| CapturedFrame {
+            at: frame.at + Duration::from_millis(millis),
+            bytes: frame.bytes.clone(),
+        };
+        let late = [
+            by_a.clone(),
+            later(&by_b, 1),
+            later(&by_a, 4),
+            later(&by_b, 9),
+        ];
+        let late = trace(late);
         assert_eq!(late.voices(), [a, b, a, b]);
+        assert_eq!(late.overlap(a, b).unwrap(), Duration::from_millis(3));
+        assert!(trace([by_a]).overlap(a, b).is_err());
     }
 
     #[test]
