@@ -62,9 +62,10 @@ impl Node {
         self.dispatch_heartbeat(now, actions);
     }
 
-    /// Until when the peer may have been active without being heard here, ns; `None` if it was never heard.
+    /// Until when the peer may have been active without being heard here, ns; `None` if it was never heard. One that has
+    /// started anew, and says so again and again, is no longer the active that it was.
     pub fn peer_lived_until(&self) -> Option<Nanos> {
         let peer = self.peer?;
-        Some(peer.heard_at.max(self.connected_at.unwrap_or(0)))
+        Some(peer.active_until.max(self.connected_at.unwrap_or(0)))
     }
 }

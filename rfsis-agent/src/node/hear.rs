@@ -166,13 +166,17 @@ impl Node {
         actions: &mut Vec<Action>,
     ) {
         let before = self.peer;
+        let heard_at = before.map_or(arrival, |p| p.heard_at.max(arrival));
+        let was_standby =
+            before.filter(|p| (p.state, heartbeat.state) == (State::Standby, State::Standby));
         self.seen_epoch = self.seen_epoch.max(heartbeat.epoch);
         self.peer = Some(PeerView {
             node: heartbeat.node,
             role: heartbeat.role,
             state: heartbeat.state,
             epoch: heartbeat.epoch,
-            heard_at: before.map_or(arrival, |p| p.heard_at.max(arrival)),
+            heard_at,
+            active_until: was_standby.map_or(heard_at, |p| p.active_until),
             mac: heartbeat.mac,
             tap_mac: heartbeat.tap_mac,
             at_risk: heartbeat.at_risk,

@@ -46,6 +46,9 @@ pub struct PeerView {
     pub epoch: u64,
     /// Arrival of its last fresh heartbeat.
     pub heard_at: Nanos,
+    /// Up to when it may have been active: arrival of its last heartbeat that does not say `standby`, or of the first
+    /// behind that which does.
+    pub active_until: Nanos,
     /// Its hardware address.
     pub mac: MacAddr,
     /// Hardware address of its tap.

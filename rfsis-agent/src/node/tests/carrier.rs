@@ -19,6 +19,22 @@ fn a_standby_without_carrier_takes_over_from_nobody_and_afterwards_gives_the_pee
     assert!(opened(&bench.run(1_030 * MS)).is_some());
 }
 
+/// A standby that takes over from one that has started anew would else believe that it was deaf meanwhile.
+#[test]
+fn who_says_standby_again_and_again_was_active_until_the_first_time() {
+    let mut bench = Bench::new(Role::Backup);
+    let mut hear = |at: Nanos, state| {
+        bench.run(at * MS);
+        bench.hear(state, 2);
+        bench.node.peer_lived_until().map(|until| until / MS)
+    };
+    assert_eq!(hear(20, State::Active), Some(20));
+    assert_eq!(hear(30, State::Standby), Some(30));
+    assert_eq!(hear(35, State::Standby), Some(30));
+    assert_eq!(hear(40, State::Fenced), Some(40));
+    assert_eq!(hear(45, State::Fenced), Some(45));
+}
+
 #[test]
 fn what_came_before_a_cut_is_no_sign_of_life_after_it() {
     let mut bench = Bench::new(Role::Backup);
