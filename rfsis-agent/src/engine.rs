@@ -299,10 +299,10 @@ impl Engine {
                     } else {
                         flows.process_frame(packet, direction, arrival, fx)
                     };
-                    if result == FrameResult::UnknownFlow && header.state == State::Active as u16 {
-                        self.effects.pass_on_if_adopted(packet);
-                    }
-                    result
+                    let late = result == FrameResult::UnknownFlow
+                        && header.state == State::Active as u16
+                        && self.effects.pass_on_if_adopted(packet);
+                    if late { FrameResult::PassedOn } else { result }
                 },
             );
             if result.is_err() && header.flags & frame_flags::ANSWERED != 0 {

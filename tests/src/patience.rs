@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long anything is waited for before a test fails, on real hardware ([`slowed`]). Far above
@@ -27,6 +28,16 @@ pub fn slowness() -> u32 {
 /// A limit as long as it must be on this machine.
 pub fn slowed(limit: Duration) -> Duration {
     limit * slowness()
+}
+
+/// Says when dropped that it is over. Threads of a scope go by that, so that they end when the test fails, too.
+#[derive(Debug)]
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// How often a condition that cannot be awaited is looked at.

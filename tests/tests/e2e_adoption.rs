@@ -5,7 +5,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rfsis_agent::adopt::Numbers;
 use rfsis_agent::segment::flow_key;
@@ -15,10 +15,14 @@ use tests::agent::port;
 use tests::client::{
     Noise, chargen_exactly, connect, echo_exactly, hears, parts, says, tcp_sockets,
 };
-use tests::patience::wait_until;
-use tests::{Agent, Capture, Death, Host, Lab, Pair, VIP, Wiring, on_each_wiring};
+use tests::patience::{Over, slowed, wait_until};
+use tests::{
+    Agent, Capture, Cluster, Death, Failover, Host, Lab, LabOptions, Pair, VIP, Wiring,
+    on_each_wiring,
+};
 
 const ADOPTED: [(&str, &str); 1] = [("result", "adopted")];
+const PASSED_ON: [(&str, &str); 1] = [("result", "passed_on")];
 const ESTABLISHED: u8 = 1;
 
 /// The client's connections that the kernel of `host` has, established.
@@ -80,15 +84,18 @@ fn idle_connections_are_adopted(wiring: Wiring) {
     trace.no_byte_from_vip_changed().unwrap();
 }
 
-/// Asks and waits for the answer, again and again, about 1,000 times a second.
-fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) {
-    for turn in 0.. {
-        echoes(stream, seed + turn);
-        if stop.load(Ordering::Relaxed) {
-            return parts(stream).unwrap();
-        }
+/// Asks and waits for the answer, again and again, about 1,000 times a second. Returns how long it waited at the most.
+fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) -> Duration {
+    let (mut longest, mut turn) = (Duration::ZERO, seed);
+    while !stop.load(Ordering::Relaxed) {
+        let asked = Instant::now();
+        echoes(stream, turn);
+        longest = longest.max(asked.elapsed());
+        turn += 1;
         std::thread::sleep(Duration::from_millis(1));
     }
+    parts(stream).unwrap();
+    longest
 }
 
 fn conversations_are_adopted_between_two_words(wiring: Wiring) {
@@ -104,13 +111,84 @@ fn conversations_are_adopted_between_two_words(wiring: Wiring) {
             let stop = &stop;
             scope.spawn(move || converse(stream, stop, seed << 32));
         }
+        let _over = Over(&stop);
         pair.backup.wait_flows("lockstep", COUNT as u64);
         pair.primary_dies(&lab, Death::Kill9);
         pair.wait_takeover();
         wait_adopted(&lab, &pair.backup, COUNT);
-        stop.store(true, Ordering::Relaxed);
     });
     pair.backup.wait_flows("unprotected", 0);
+}
+
+/// As [`converse`], but says a second word shortly behind the first, before it is answered.
+fn talk(stream: &TcpStream, stop: &AtomicBool, seed: u64) -> Duration {
+    let (mut longest, mut turn) = (Duration::ZERO, seed);
+    while !stop.load(Ordering::Relaxed) {
+        let asked = Instant::now();
+        says(stream, turn).unwrap();
+        while asked.elapsed() < Duration::from_micros(turn % 64) {
+            std::hint::spin_loop();
+        }
+        says(stream, turn + 1).unwrap();
+        hears(stream, turn).unwrap();
+        hears(stream, turn + 1).unwrap();
+        longest = longest.max(asked.elapsed());
+        turn += 2;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    parts(stream).unwrap();
+    longest
+}
+
+/// A frame that comes for a shadow while that becomes a kernel socket is lost by nobody: a client that would repeat it
+/// only after a long time does not wait so long. Planned switchovers: behind a kill all clients would.
+fn no_word_said_during_the_move_has_to_be_repeated(wiring: Wiring) {
+    const COUNT: usize = 48;
+    const REPEATED_AFTER: Duration = Duration::from_secs(5);
+    const TO_REPAIR: Duration = Duration::from_secs(20);
+    const SWITCHOVERS_MOST: usize = 10;
+    let lab = wiring.lab_with(LabOptions {
+        // No repetition before the timeout (RFC 8985 section 7).
+        client_sysctls: vec![("ipv4/tcp_early_retrans", "0")],
+        ..LabOptions::default()
+    });
+    let patient = REPEATED_AFTER.as_secs();
+    let route = format!("ip route add {VIP}/32 dev eth0 rto_min {patient}s");
+    lab.client().sh(&route).unwrap();
+    let mut cluster = Cluster::start(&lab, &wiring.settings());
+    let streams: Vec<_> = (0..COUNT)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    let stop = AtomicBool::new(false);
+    let mut late = 0.0;
+    let longest = std::thread::scope(|scope| {
+        let talks: Vec<_> = streams
+            .iter()
+            .zip(1..)
+            .map(|(stream, seed)| {
+                let stop = &stop;
+                scope.spawn(move || talk(stream, stop, seed << 32))
+            })
+            .collect();
+        let over = Over(&stop);
+        cluster.wait_redundant(COUNT as u64, slowed(TO_REPAIR));
+        for _ in 0..SWITCHOVERS_MOST {
+            cluster.fail_over(Failover::Switchover);
+            // Those that the kernel has adopted, all of them.
+            cluster.wait_redundant(COUNT as u64, slowed(TO_REPAIR));
+            late = [cluster.active(), cluster.standby()]
+                .map(|agent| agent.metrics().sum("rfsis_frames_total", &PASSED_ON))
+                .iter()
+                .sum();
+            if late > 0.0 {
+                break;
+            }
+        }
+        drop(over);
+        talks.into_iter().map(|talk| talk.join().unwrap()).max()
+    });
+    assert!(late > 0.0, "none came late");
+    assert!(longest < Some(REPEATED_AFTER), "{longest:?}, {late} late");
 }
 
 /// Sends noise until told to stop, then closes, and expects the server to close as well.
@@ -151,12 +229,13 @@ fn bulk_is_adopted(wiring: Wiring, service: u16) {
             }
             _ => echo_until(&stream, &stop, &progress),
         });
+        let over = Over(&stop);
         moved(BEFORE);
         pair.primary_dies(&lab, Death::Kill9);
         pair.wait_takeover();
         wait_adopted(&lab, &pair.backup, 1);
         moved(progress.load(Ordering::Relaxed) + AFTER);
-        stop.store(true, Ordering::Relaxed);
+        drop(over);
         transfer.join().unwrap();
     });
     assert_eq!(
@@ -349,6 +428,7 @@ on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] 
 }}
 
 on_each_wiring! { [on_a_switch: Mirror] {
+    no_word_said_during_the_move_has_to_be_repeated => super::no_word_said_during_the_move_has_to_be_repeated;
     a_half_closed_connection_goes_on_on_its_shadow => super::a_half_closed_connection_goes_on_on_its_shadow;
     connections_that_close_during_the_move_close_properly =>
         super::connections_that_close_during_the_move_close_properly;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tests::agent::port;
 use tests::client::{clients, hears, says};
 use tests::cluster::seed;
-use tests::patience::{slowed, wait_at_most, wait_until};
+use tests::patience::{Over, slowed, wait_at_most, wait_until};
 use tests::pulse::Pulse;
 use tests::wire::Wire;
 use tests::{Agent, Capture, Cluster, Failover, Host, Lab, Typist, VIP, Wiring, on_each_wiring};
@@ -56,7 +56,6 @@ fn two_connections_survive(wiring: Wiring, ways: &[Failover]) {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| ask_who_speaks(&lab, &over));
-        // Also when the test fails.
         let _over = Over(&over);
         fail_over_again_and_again(&mut cluster, &mut nc, &pulse, ways);
     });
@@ -67,14 +66,6 @@ fn two_connections_survive(wiring: Wiring, ways: &[Failover]) {
     trace.no_reset_from_vip().unwrap();
     trace.no_byte_from_vip_changed().unwrap();
     assert_eq!(trace.voices(), alternating(ways.len()));
-}
-
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn fail_over_again_and_again(

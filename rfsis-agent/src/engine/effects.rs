@@ -62,15 +62,17 @@ impl KernelEffects {
         }
     }
 
-    /// Hands the kernel a packet that came in for a shadow which is a kernel socket by now.
+    /// Hands the kernel a packet that came in for a shadow, if that is a kernel socket by now.
     ///
     /// Frames that came later were with the kernel before: where they have ended the connection, the kernel
     /// would answer this one by a reset, and that may hit a client that has not read all.
-    pub(super) fn pass_on_if_adopted(&self, packet: &[u8]) {
+    pub(super) fn pass_on_if_adopted(&self, packet: &[u8]) -> bool {
         let parsed = segment::parse_headers(packet, Direction::ToVip);
-        if parsed.is_ok_and(|(flow, _)| self.open.contains(&flow)) {
+        let is_adopted = parsed.is_ok_and(|(flow, _)| self.open.contains(&flow));
+        if is_adopted {
             self.pass_on(packet);
         }
+        is_adopted
     }
 
     /// Hands the kernel a packet that came in while it was not to have it. From a raw socket to an own address

@@ -212,6 +212,8 @@ label! {
         Foreign = "foreign",
         /// Of a flow that has no shadow.
         UnknownFlow = "unknown_flow",
+        /// Of a flow that has become a kernel socket meanwhile: handed to the kernel.
+        PassedOn = "passed_on",
         /// The active's own output.
         FromActive = "from_active",
         /// To a port that no service has.

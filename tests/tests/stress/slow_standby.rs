@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use tests::agent::port;
 use tests::client::{Noise, chargen_exactly, connect, hears, parts, says};
-use tests::patience::wait_at_most;
+use tests::patience::{Over, wait_at_most};
 use tests::{Agent, Capture, Death, Lab, Pair, Settings, Wiring};
 
 /// What the clients do, by service and seed of the noise.
@@ -53,15 +53,6 @@ fn while_transferring(lab: &Lab, body: impl FnOnce(&AtomicU64)) -> Vec<Result<()
         drop(over);
         transfers.map(|transfer| transfer.join().unwrap()).into()
     })
-}
-
-/// Also when the test fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn generate(stream: &TcpStream, progress: &AtomicU64, over: &AtomicBool) -> Result<()> {
