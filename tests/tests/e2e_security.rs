@@ -133,7 +133,8 @@ fn public_binary(lab: &Lab) -> PathBuf {
 }
 
 fn start_as_user(lab: &Lab, host: Host, role: &str) -> Agent {
-    let config = public(lab, "config.yaml", |path| {
+    // One for each: the other agent may be reading its own just now.
+    let config = public(lab, &format!("{role}-of-{host:?}.yaml"), |path| {
         std::fs::write(path, Settings::default().yaml()).unwrap();
     });
     let agent = public_binary(lab);
