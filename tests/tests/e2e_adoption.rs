@@ -84,18 +84,15 @@ fn idle_connections_are_adopted(wiring: Wiring) {
     trace.no_byte_from_vip_changed().unwrap();
 }
 
-/// Asks and waits for the answer, again and again, about 1,000 times a second. Returns how long it waited at the most.
-fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) -> Duration {
-    let (mut longest, mut turn) = (Duration::ZERO, seed);
-    while !stop.load(Ordering::Relaxed) {
-        let asked = Instant::now();
-        echoes(stream, turn);
-        longest = longest.max(asked.elapsed());
-        turn += 1;
+/// Asks and waits for the answer, again and again, about 1,000 times a second.
+fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) {
+    for turn in 0.. {
+        echoes(stream, seed + turn);
+        if stop.load(Ordering::Relaxed) {
+            return parts(stream).unwrap();
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
-    parts(stream).unwrap();
-    longest
 }
 
 fn conversations_are_adopted_between_two_words(wiring: Wiring) {
@@ -120,7 +117,8 @@ fn conversations_are_adopted_between_two_words(wiring: Wiring) {
     pair.backup.wait_flows("unprotected", 0);
 }
 
-/// As [`converse`], but says a second word shortly behind the first, before it is answered.
+/// As [`converse`], but says a second word shortly behind the first, before it is answered. Returns how long it waited for
+/// both at the most.
 fn talk(stream: &TcpStream, stop: &AtomicBool, seed: u64) -> Duration {
     let (mut longest, mut turn) = (Duration::ZERO, seed);
     while !stop.load(Ordering::Relaxed) {
