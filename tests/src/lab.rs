@@ -154,7 +154,8 @@ impl Lab {
         lab.bridge.sh(&format!(
             "ip link add br0 mtu {mtu} type bridge ageing_time {ageing} forward_delay 0 mcast_snooping 0"
         ))?;
-        lab.bridge.sh("ip link set br0 up")?;
+        // A switch is no host, that would look at who is asked for.
+        lab.bridge.sh("ip link set br0 arp off up")?;
         for host in Host::ALL {
             lab.connect(host, mtu, options)?;
         }
@@ -244,6 +245,33 @@ impl Lab {
     /// The namespace of the client.
     pub fn client(&self) -> &Arc<Namespace> {
         &self.client
+    }
+
+    /// From now on a host gets no frames that are sent to all: neither heartbeats, nor announcements of the VIP.
+    ///
+    /// It shares its kernel with the nodes. There each ARP request for somebody else makes a route and frees it
+    /// by RCU (`arp_process`, net/ipv4/arp.c; `ip_route_input_slow`, net/ipv4/route.c), and while a grace period
+    /// lasts, all of the kernel is slower (`docs/benchmarks.md`). On a LAN that is the client's machine alone.
+    ///
+    /// # Errors
+    /// When the bridge cannot be told.
+    pub fn keep_broadcasts_from(&self, host: Host) -> Result<()> {
+        self.flood_broadcasts_to(host, false)
+    }
+
+    /// Ends [`Self::keep_broadcasts_from`].
+    ///
+    /// # Errors
+    /// When the bridge cannot be told.
+    pub fn bring_broadcasts_to(&self, host: Host) -> Result<()> {
+        self.flood_broadcasts_to(host, true)
+    }
+
+    fn flood_broadcasts_to(&self, host: Host, on: bool) -> Result<()> {
+        let (port, on) = (host.port(), if on { "on" } else { "off" });
+        self.bridge
+            .sh(&format!("bridge link set dev {port} bcast_flood {on}"))
+            .map(drop)
     }
 
     /// The namespace of the bridge.
