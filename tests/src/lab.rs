@@ -247,7 +247,7 @@ impl Lab {
         &self.client
     }
 
-    /// From now on a host gets no frames that are sent to all: neither heartbeats, nor announcements of the VIP.
+    /// Whether a host gets frames that are sent to all from now on: heartbeats, and announcements of the VIP.
     ///
     /// It shares its kernel with the nodes. There each ARP request for somebody else makes a route and frees it
     /// by RCU (`arp_process`, net/ipv4/arp.c; `ip_route_input_slow`, net/ipv4/route.c), and while a grace period
@@ -255,22 +255,10 @@ impl Lab {
     ///
     /// # Errors
     /// When the bridge cannot be told.
-    pub fn keep_broadcasts_from(&self, host: Host) -> Result<()> {
-        self.flood_broadcasts_to(host, false)
-    }
-
-    /// Ends [`Self::keep_broadcasts_from`].
-    ///
-    /// # Errors
-    /// When the bridge cannot be told.
-    pub fn bring_broadcasts_to(&self, host: Host) -> Result<()> {
-        self.flood_broadcasts_to(host, true)
-    }
-
-    fn flood_broadcasts_to(&self, host: Host, on: bool) -> Result<()> {
-        let (port, on) = (host.port(), if on { "on" } else { "off" });
+    pub fn bring_broadcasts(&self, host: Host, brought: bool) -> Result<()> {
+        let (port, flood) = (host.port(), if brought { "on" } else { "off" });
         self.bridge
-            .sh(&format!("bridge link set dev {port} bcast_flood {on}"))
+            .sh(&format!("bridge link set dev {port} bcast_flood {flood}"))
             .map(drop)
     }
 

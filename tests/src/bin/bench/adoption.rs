@@ -358,11 +358,11 @@ fn after_takeover(way: Way) -> Result<Option<Speeds>> {
         |count| !matches!(count, Ok(0.0)),
     )?;
     pin_host(pair.backup.pid(), last_cpu()?)?;
-    lab.keep_broadcasts_from(Host::Client)?;
+    lab.bring_broadcasts(Host::Client, false)?;
     let adopted = speed(&old, way)?;
-    lab.bring_broadcasts_to(Host::Client)?;
+    lab.bring_broadcasts(Host::Client, true)?;
     let heard = speed(&old, way)?;
-    lab.keep_broadcasts_from(Host::Client)?;
+    lab.bring_broadcasts(Host::Client, false)?;
     drop(old);
     let live = half_closed.map(|stream| speed(&stream, way)).transpose()?;
     let accepted = speed(&connect(&lab, service(way))?, way)?;

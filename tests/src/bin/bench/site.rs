@@ -98,7 +98,7 @@ impl Site {
             active.wait_metric("rfsis_protection", &[("mode", "sync")], 1.0);
         }
         pin_service(site.server_pid(), last_cpu()?)?;
-        site.lab.keep_broadcasts_from(Host::Client)?;
+        site.lab.bring_broadcasts(Host::Client, false)?;
         Ok(site)
     }
 
