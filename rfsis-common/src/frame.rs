@@ -67,7 +67,7 @@ pub mod tcp_flags {
 /// What kind of frame it is, seen from the VIP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameClass {
-    /// An ARP request that carries the trailer's magic.
+    /// An ARP packet, request or reply, that carries the trailer's magic.
     Heartbeat,
     /// "Who has the VIP?"
     ArpRequestForVip,
@@ -210,12 +210,15 @@ fn classify_arp<F: Frame>(frame: &F, offset: usize, vip: u32) -> Classified {
         return Classified::new(FrameClass::Other, offset);
     }
     let request = arp[6] == 0 && arp[7] == 1;
+    let reply = arp[6] == 0 && arp[7] == 2;
     let sender = u32::from_be_bytes([arp[14], arp[15], arp[16], arp[17]]);
     let target = u32::from_be_bytes([arp[24], arp[25], arp[26], arp[27]]);
     // The VIP first: nothing is said in its name that the gate takes for something else.
     let class = if sender == vip {
         FrameClass::ArpFromVip
-    } else if request && offset == ETHERNET_LEN && frame.load::<4>(offset + ARP_LEN) == Some(MAGIC)
+    } else if (request || reply)
+        && offset == ETHERNET_LEN
+        && frame.load::<4>(offset + ARP_LEN) == Some(MAGIC)
     {
         FrameClass::Heartbeat
     } else if request && target == vip {
@@ -547,20 +550,29 @@ mod tests {
         assert_eq!(class(&arp(2, VIP, CLIENT)), FrameClass::ArpFromVip);
         assert_eq!(class(&arp(2, CLIENT, VIP)), FrameClass::Other);
         assert_eq!(class(&arp(1, CLIENT, CLIENT)), FrameClass::Other);
-        let mut beat = [0; 46];
-        beat[..42].copy_from_slice(&arp(1, CLIENT, VIP));
-        beat[42..].copy_from_slice(&MAGIC);
-        assert_eq!(class(&beat), FrameClass::Heartbeat);
-        beat[45] ^= 1;
-        assert_eq!(class(&beat), FrameClass::ArpRequestForVip);
+        for (operation, without_magic) in [
+            (1, FrameClass::ArpRequestForVip),
+            (2, FrameClass::Other),
+            (3, FrameClass::Other),
+        ] {
+            let mut beat = [0; 46];
+            beat[..42].copy_from_slice(&arp(operation, CLIENT, VIP));
+            beat[42..].copy_from_slice(&MAGIC);
+            let is_heartbeat = class(&beat) == FrameClass::Heartbeat;
+            assert_eq!(is_heartbeat, operation < 3, "operation {operation}");
+            beat[45] ^= 1;
+            assert_eq!(class(&beat), without_magic, "operation {operation}");
+        }
     }
 
     #[test]
     fn what_is_said_in_the_name_of_the_vip_is_from_the_vip_whatever_else_it_looks_like() {
-        let mut beat = [0; 46];
-        beat[..42].copy_from_slice(&arp(1, VIP, CLIENT));
-        beat[42..].copy_from_slice(&MAGIC);
-        assert_eq!(class(&beat), FrameClass::ArpFromVip);
+        for operation in [1, 2] {
+            let mut beat = [0; 46];
+            beat[..42].copy_from_slice(&arp(operation, VIP, CLIENT));
+            beat[42..].copy_from_slice(&MAGIC);
+            assert_eq!(class(&beat), FrameClass::ArpFromVip);
+        }
         let to_itself = tcp((VIP, SERVICE), (VIP, CLIENT_PORT), tcp_flags::RST);
         let parsed = classify(&&to_itself[..], VIP);
         assert_eq!(parsed.class, FrameClass::Vip);

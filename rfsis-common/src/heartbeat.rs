@@ -1,9 +1,9 @@
-//! Layout of a heartbeat: an Ethernet ARP request followed by an authenticated trailer.
+//! Layout of a heartbeat: an Ethernet ARP packet followed by an authenticated trailer.
 //!
 //! ```text
 //!  0              14                  42                                  138
 //!  ┌──────────────┬───────────────────┬────────────────────────────────────┐
-//!  │ Ethernet 14  │ ARP request 28    │ trailer 96                         │
+//!  │ Ethernet 14  │ ARP packet 28     │ trailer 96                         │
 //!  └──────────────┴───────────────────┴────────────────────────────────────┘
 //!                                     │
 //!   trailer offset  size  field       ▼                     all big-endian

@@ -144,16 +144,7 @@ impl CapturedFrame {
 
     /// The ARP packet in it (RFC 826, Ethernet and IPv4).
     pub fn arp(&self) -> Option<Arp> {
-        let arp = self.bytes.get(14..42)?;
-        if self.bytes.get(12..14)? != [0x08, 0x06] || arp.get(..6)? != [0, 1, 8, 0, 6, 4] {
-            return None;
-        }
-        let address = |at: usize| Ipv4Addr::new(arp[at], arp[at + 1], arp[at + 2], arp[at + 3]);
-        Some(Arp {
-            operation: u16::from_be_bytes([arp[6], arp[7]]),
-            sender: address(14),
-            target: address(24),
-        })
+        Arp::of(&self.bytes)
     }
 
     /// The TCP segment in it.
@@ -195,6 +186,22 @@ pub struct Arp {
     pub sender: Ipv4Addr,
     /// Target's protocol address.
     pub target: Ipv4Addr,
+}
+
+impl Arp {
+    /// The ARP packet in a frame.
+    pub fn of(frame: &[u8]) -> Option<Self> {
+        let arp = frame.get(14..42)?;
+        if frame.get(12..14)? != [0x08, 0x06] || arp.get(..6)? != [0, 1, 8, 0, 6, 4] {
+            return None;
+        }
+        let address = |at: usize| Ipv4Addr::new(arp[at], arp[at + 1], arp[at + 2], arp[at + 3]);
+        Some(Arp {
+            operation: u16::from_be_bytes([arp[6], arp[7]]),
+            sender: address(14),
+            target: address(24),
+        })
+    }
 }
 
 /// A TCP segment.

@@ -5,9 +5,10 @@
 use std::net::TcpListener;
 
 use tests::agent::port;
-use tests::forge::malformed;
+use tests::capture::Arp;
+use tests::forge::{is_heartbeat_of, malformed};
 use tests::netns::Namespace;
-use tests::patience::wait_until;
+use tests::patience::{PATIENCE, wait_until};
 use tests::wire::Wire;
 use tests::{
     Agent, Capture, Death, Host, Lab, Pair, Settings, Typist, VIP, Wiring, on_each_wiring,
@@ -196,3 +197,38 @@ on_each_wiring! { [on_a_lan: Lan, on_a_switch: Mirror] {
     a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked => super::a_dead_host_says_nothing_for_the_virtual_ip_though_its_kernel_is_asked;
     a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on => super::a_standby_says_nothing_for_the_virtual_ip_from_its_first_moment_on;
 }}
+
+/// RFC 826: who hears a request for its address answers it, with or without an agent.
+#[test]
+fn no_host_answers_the_heartbeats_of_an_active_that_is_alone() {
+    const REQUEST: u16 = 1;
+    const REPLY: u16 = 2;
+    let wiring = Wiring::MirrorAsync;
+    let (lab, settings) = (wiring.lab(), wiring.settings());
+    let primary = Agent::start(&lab, Host::A, "primary", &settings);
+    primary.wait_state("active");
+    let wire = Wire::open(lab.host(Host::A)).unwrap();
+    let (mut heartbeats, mut answers) = (0, 0);
+    let heard = wire.hear(PATIENCE, |frame| {
+        let arp = Arp::of(frame)?;
+        if is_heartbeat_of(frame, Host::A) {
+            assert_eq!((is_to_all(frame), arp.operation), (true, REPLY));
+            heartbeats += 1;
+        } else if frame[6..12] == Host::B.mac() && arp.target == Host::A.address() {
+            answers += 1;
+        }
+        (heartbeats == 20).then_some(())
+    });
+    assert_eq!((heard.unwrap(), answers), (Some(()), 0));
+
+    let _backup = Agent::start(&lab, Host::B, "backup", &settings);
+    let to_the_peer = wire.hear(PATIENCE, |frame| {
+        let alone = is_heartbeat_of(frame, Host::A) && !is_to_all(frame);
+        alone.then(|| Arp::of(frame).unwrap().operation)
+    });
+    assert_eq!(to_the_peer.unwrap(), Some(REQUEST));
+}
+
+fn is_to_all(frame: &[u8]) -> bool {
+    frame[..6] == [0xff; 6]
+}

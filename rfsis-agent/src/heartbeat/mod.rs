@@ -1,8 +1,8 @@
 //! Heartbeats: the codec here, the judgement of what is fresh in [`session`].
 //!
-//! The layout is drawn in [`rfsis_common::heartbeat`]. A frame is an ARP request "who has the peer,
-//! tell me" (RFC 826), so that it crosses any LAN, with a trailer behind it. [`Codec::parse`] either
-//! returns a [`Heartbeat`] of which every byte is checked, or says what was wrong.
+//! The layout is drawn in [`rfsis_common::heartbeat`]. A frame is an ARP packet (RFC 826), so that it
+//! crosses any LAN, with a trailer behind it. [`Codec::parse`] either returns a [`Heartbeat`] of which
+//! every byte is checked, or says what was wrong.
 
 pub mod session;
 pub mod wish;
@@ -25,8 +25,14 @@ pub type MacAddr = [u8; 6];
 /// Where heartbeats go while the peer's address is not known.
 pub const BROADCAST: MacAddr = [0xff; 6];
 
-/// The ARP header of every heartbeat up to the sender (RFC 826): Ethernet, IPv4, 6, 4, request.
-const ARP_REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+/// The ARP header of every heartbeat up to the operation's last byte (RFC 826): Ethernet, IPv4, 6, 4.
+const ARP_HEADER: [u8; 7] = [0, 1, 8, 0, 6, 4, 0];
+/// "Who has the peer, tell me": what is sent to the peer alone.
+const ARP_REQUEST: u8 = 1;
+/// "I am here": what is sent to all. Of a request each Linux host that hears it would ask its routing table
+/// whether it is meant, which costs it more than the frame, and the peer's would answer without its agent
+/// (`arp_process`, net/ipv4/arp.c).
+const ARP_REPLY: u8 = 2;
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
 
 /// Bytes from the start of the frame to the MAC that ends it.
@@ -81,7 +87,7 @@ pub enum HeartbeatError {
         /// Bytes found.
         found: usize,
     },
-    /// Not an ARP request with the magic, or a field holds what no sender writes.
+    /// Not an ARP packet with the magic, or a field holds what no sender writes.
     #[error("heartbeat with an impossible {field}: not sent by an rfsis-agent?")]
     Malformed {
         /// The first field that is wrong.
@@ -138,8 +144,7 @@ impl Codec {
     /// The frame that carries `heartbeat` to the peer at IPv4 address `peer`, by unicast where its
     /// hardware address is given.
     ///
-    /// RFC 826 leaves the target's hardware address of a request open; here it repeats a unicast
-    /// destination, and with that puts it under the MAC.
+    /// The target's hardware address repeats a unicast destination, and with that puts it under the MAC.
     pub fn emit(
         &self,
         heartbeat: &Heartbeat,
@@ -151,7 +156,8 @@ impl Codec {
         writer.put(&heartbeat.mac);
         writer.put(&ETHERTYPE_ARP);
 
-        writer.put(&ARP_REQUEST);
+        writer.put(&ARP_HEADER);
+        writer.put(&[if to.is_some() { ARP_REQUEST } else { ARP_REPLY }]);
         writer.put(&heartbeat.mac);
         writer.put(&heartbeat.node.octets());
         writer.put(&to.unwrap_or_default());
@@ -197,7 +203,8 @@ impl Codec {
         let source: MacAddr = reader.take();
         reader.expect("EtherType", &ETHERTYPE_ARP)?;
 
-        reader.expect("ARP header", &ARP_REQUEST)?;
+        reader.expect("ARP header", &ARP_HEADER)?;
+        let [operation] = reader.take();
         reader.expect("ARP sender hardware address", &source)?;
         let node: [u8; 4] = reader.take();
         let target: MacAddr = reader.take();
@@ -224,6 +231,10 @@ impl Codec {
         let to_all = target == MacAddr::default() && destination == BROADCAST;
         if !(to_target || to_all) {
             return Err(malformed("Ethernet destination"));
+        }
+        // Older agents send requests to all.
+        if operation != ARP_REQUEST && !(to_all && operation == ARP_REPLY) {
+            return Err(malformed("ARP operation"));
         }
         let state = State::from_u8(state).ok_or(malformed("state"))?;
         let role = role_from_code(role).ok_or(malformed("role"))?;
@@ -339,6 +350,7 @@ mod tests {
 
     use super::*;
 
+    const OPERATION: usize = ETHERNET_LEN + 7;
     const TRAILER: usize = ETHERNET_LEN + ARP_LEN;
 
     const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
@@ -444,7 +456,10 @@ mod tests {
             }
             sign(&mut frame);
             if let Ok(parsed) = codec().parse(&frame) {
-                prop_assert_eq!(codec().emit(&parsed, None, PEER), frame);
+                let mut again = codec().emit(&parsed, None, PEER);
+                again[OPERATION] = frame[OPERATION];
+                sign(&mut again);
+                prop_assert_eq!(again, frame);
             }
         }
     }
@@ -538,11 +553,35 @@ mod tests {
         }
     }
 
+    const TO: Option<MacAddr> = Some([2, 0, 0, 0, 0, 2]);
+
     #[test]
     fn the_kernel_side_knows_a_heartbeat_as_one() {
         use rfsis_common::frame::FrameClass;
-        let frame = codec().emit(&sample(), None, PEER);
-        let class = rfsis_common::frame::classify(&&frame[..], 0xc000_0201);
-        assert_eq!(class.class, FrameClass::Heartbeat);
+        for to in [None, TO] {
+            let frame = codec().emit(&sample(), to, PEER);
+            let class = rfsis_common::frame::classify(&&frame[..], 0xc000_0201);
+            assert_eq!(class.class, FrameClass::Heartbeat, "to {to:?}");
+        }
+    }
+
+    #[test]
+    fn the_peer_alone_is_asked_and_all_are_told() {
+        for (to, sent, taken) in [(TO, 1, [true, false]), (None, 2, [true, true])] {
+            let mut frame = codec().emit(&sample(), to, PEER);
+            assert_eq!(frame[OPERATION], sent, "to {to:?}");
+            for (operation, taken) in [(0, false), (1, taken[0]), (2, taken[1]), (3, false)] {
+                frame[OPERATION] = operation;
+                sign(&mut frame);
+                let expected = if taken {
+                    Ok(sample())
+                } else {
+                    Err(HeartbeatError::Malformed {
+                        field: "ARP operation",
+                    })
+                };
+                assert_eq!(codec().parse(&frame), expected, "to {to:?}: {operation}");
+            }
+        }
     }
 }

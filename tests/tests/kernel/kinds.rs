@@ -297,7 +297,8 @@ fn arp_rows() -> Vec<Row> {
             with(heartbeat(), 45, &[0]),
             FOREIGN,
         ),
-        ("heartbeat as a reply", with(heartbeat(), 21, &[2]), FOREIGN),
+        ("heartbeat to all", with(heartbeat(), 21, &[2]), HEARTBEAT),
+        ("heartbeat as RARP", with(heartbeat(), 21, &[3]), FOREIGN),
         (
             "heartbeat in the name of the VIP",
             with(heartbeat(), 28, &VIP.octets()),
