@@ -32,11 +32,10 @@ pub use rest::Rest;
 /// Frames taken from the ring before commands and timers are looked at again.
 const BATCH: usize = 256;
 
-/// Between two looks at what the ring lost, ns.
-const LOST_INTERVAL: Nanos = 50_000_000;
+/// Between two looks at what the ring lost, and two counts of the flows, ns.
+const LOOK_INTERVAL: Nanos = 50_000_000;
 
-/// Between two counts of the flows, ns, and in multiples of what a count takes.
-const CENSUS_INTERVAL: Nanos = 50_000_000;
+/// Between two counts at least, in multiples of what one takes.
 const CENSUS_SHARE: Nanos = 50;
 
 /// What the heartbeat thread asks for.
@@ -186,8 +185,7 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     /// Runs until stopped.
     pub fn run(mut self) {
-        let mut next_lost = 0;
-        let mut next_census = 0;
+        let (mut next_look, mut next_census) = (0, 0);
         let mut caught_up = false;
         loop {
             let mut more = self.take_frames(BATCH, Nanos::MAX);
@@ -196,7 +194,7 @@ impl Engine {
                 match self.inbox.next() {
                     Ok(Command::GoLive { at }) => {
                         self.go_live(at);
-                        next_census = 0;
+                        (next_look, next_census) = (0, 0);
                     }
                     Ok(Command::GoStandby) => {
                         self.flows.go_standby(&mut self.effects);
@@ -205,7 +203,7 @@ impl Engine {
                         if let Some(link) = &mut self.link {
                             link.go_standby();
                         }
-                        next_census = 0;
+                        (next_look, next_census) = (0, 0);
                     }
                     Ok(Command::HandOver) => self.relay.begin(),
                     Ok(Command::TakeBack) => self.relay.close(),
@@ -231,8 +229,9 @@ impl Engine {
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }
-            if now >= next_lost {
-                next_lost = now + LOST_INTERVAL;
+            // One wake-up for all that nobody waits for.
+            if now >= next_look {
+                next_look = now + LOOK_INTERVAL;
                 self.take_lost();
                 if let Some(link) = &mut self.link {
                     let copies = match self.source {
@@ -243,14 +242,14 @@ impl Engine {
                     link.promise(flows, effects, copies, caught_up, now);
                     caught_up = false;
                 }
-            }
-            if now >= next_census {
-                let took = self.count(now);
-                next_census = now + CENSUS_INTERVAL.max(took * CENSUS_SHARE);
+                if now >= next_census {
+                    let took = self.count(now);
+                    next_census = now + took * CENSUS_SHARE;
+                }
             }
             if !more {
                 let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
-                let until = self.flows.next_wakeup().min(next_lost).min(next_census);
+                let until = self.flows.next_wakeup().min(next_look);
                 // What is sent on, and what live shadows answer, clients wait for.
                 let now = sys::monotonic();
                 let may_rest = !self.flows.is_live() && !self.relay.is_open(now);
