@@ -247,21 +247,6 @@ impl Lab {
         &self.client
     }
 
-    /// Whether a host gets frames that are sent to all from now on: heartbeats, and announcements of the VIP.
-    ///
-    /// It shares its kernel with the nodes. There each ARP request for somebody else makes a route and frees it
-    /// by RCU (`arp_process`, net/ipv4/arp.c; `ip_route_input_slow`, net/ipv4/route.c), and while a grace period
-    /// lasts, all of the kernel is slower (`docs/benchmarks.md`). On a LAN that is the client's machine alone.
-    ///
-    /// # Errors
-    /// When the bridge cannot be told.
-    pub fn bring_broadcasts(&self, host: Host, brought: bool) -> Result<()> {
-        let (port, flood) = (host.port(), if brought { "on" } else { "off" });
-        self.bridge
-            .sh(&format!("bridge link set dev {port} bcast_flood {flood}"))
-            .map(drop)
-    }
-
     /// The namespace of the bridge.
     pub(crate) fn bridge(&self) -> &Namespace {
         &self.bridge

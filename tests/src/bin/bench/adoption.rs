@@ -208,8 +208,6 @@ struct Speeds {
     accepted: f64,
     /// That it has adopted.
     adopted: f64,
-    /// The same while the client's kernel, which is this one, hears the heartbeats.
-    heard: f64,
     /// On a live shadow, which it stays on because its client has half-closed; downwards only.
     live: Option<f64>,
 }
@@ -217,8 +215,7 @@ struct Speeds {
 fn speeds(rounds: usize) -> Result<Vec<Figure>> {
     println!(
         "### Bulk TCP on one connection after a takeover, offloads on, endpoints pinned: median \
-         (least–greatest) of {rounds} paired rounds, Gbit/s. Congestion control: reno. The client does not \
-         hear the heartbeats, but where it is said.\n"
+         (least–greatest) of {rounds} paired rounds, Gbit/s. Congestion control: reno\n"
     );
     let mut rows = vec![row([
         "way",
@@ -228,7 +225,6 @@ fn speeds(rounds: usize) -> Result<Vec<Figure>> {
         "on a live shadow",
         "adopted, of bare",
         "adopted, of accepted",
-        "heartbeats heard: adopted, of bare",
     ])];
     let (mut figures, mut void) = (Vec::new(), 0);
     for way in Way::ALL {
@@ -238,10 +234,9 @@ fn speeds(rounds: usize) -> Result<Vec<Figure>> {
         }
         let column = |of: fn(&Speeds) -> f64| outcomes.iter().map(of).collect::<Vec<_>>();
         let live: Vec<f64> = outcomes.iter().filter_map(|o| o.live).collect();
-        let (of_bare, of_accepted, heard_of_bare) = (
+        let (of_bare, of_accepted) = (
             column(|o| o.adopted / o.bare),
             column(|o| o.adopted / o.accepted),
-            column(|o| o.heard / o.bare),
         );
         let live = match &live[..] {
             [] => "–".to_owned(),
@@ -255,7 +250,6 @@ fn speeds(rounds: usize) -> Result<Vec<Figure>> {
             live.clone(),
             range(&of_bare, ""),
             range(&of_accepted, ""),
-            range(&heard_of_bare, ""),
         ]);
         let what = format!("one adopted connection {}", way.name());
         let ratio = |ratio: f64| format!("{ratio:.2}");
@@ -268,10 +262,6 @@ fn speeds(rounds: usize) -> Result<Vec<Figure>> {
         figures.push(Figure::told(
             format!("{what}, of one accepted after the takeover"),
             ratio(median(&of_accepted)),
-        ));
-        figures.push(Figure::told(
-            format!("{what}, of the bare kernel's, where the client's kernel hears the heartbeats"),
-            ratio(median(&heard_of_bare)),
         ));
         if way == Way::Down {
             figures.push(Figure::told(
@@ -358,11 +348,7 @@ fn after_takeover(way: Way) -> Result<Option<Speeds>> {
         |count| !matches!(count, Ok(0.0)),
     )?;
     pin_host(pair.backup.pid(), last_cpu()?)?;
-    lab.bring_broadcasts(Host::Client, false)?;
     let adopted = speed(&old, way)?;
-    lab.bring_broadcasts(Host::Client, true)?;
-    let heard = speed(&old, way)?;
-    lab.bring_broadcasts(Host::Client, false)?;
     drop(old);
     let live = half_closed.map(|stream| speed(&stream, way)).transpose()?;
     let accepted = speed(&connect(&lab, service(way))?, way)?;
@@ -370,7 +356,6 @@ fn after_takeover(way: Way) -> Result<Option<Speeds>> {
         bare: f64::NAN,
         accepted,
         adopted,
-        heard,
         live,
     }))
 }

@@ -8,13 +8,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use tests::agent::port;
 use tests::client::connect;
+use tests::report::median;
 
 use crate::meter::{Reading, Usage};
 use crate::site::{Site, pin_client};
 
-/// How long a load runs before it is measured, and while it is.
+/// How long a load runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(300);
-const SPAN: Duration = Duration::from_millis(2500);
+/// Then it is measured in parts, of which the median counts: what else the machine does comes in bursts of a second or two.
+const PART: Duration = Duration::from_millis(250);
+/// How many parts, of all connections of a load, and of a single one that is measured alone.
+const PARTS: usize = 10;
+const PARTS_ALONE: usize = 24;
 /// Then every connection moves within this: one that has got stuck in between is not slow, but broken.
 const GOES_ON: Duration = Duration::from_secs(1);
 /// After the connections are closed, until the next load.
@@ -47,7 +52,7 @@ impl Way {
 /// What was transferred, and what it cost.
 pub struct Bulk {
     /// Gbit/s of payload, all connections together. What was written and waits in the client's buffer counts:
-    /// some 4 MiB at the most, on both sides of the span.
+    /// some 4 MiB at the most, on both sides of each part.
     pub gigabits: f64,
     /// What else happened meanwhile.
     pub usage: Usage,
@@ -97,28 +102,39 @@ pub fn speed(client: &TcpStream, way: Way) -> Result<f64> {
     std::thread::scope(|scope| {
         let mover = scope.spawn(|| transfer(client, way, &moved, &stop));
         std::thread::sleep(WARM_UP);
-        let (before, began) = (moved.load(Ordering::Relaxed), Instant::now());
-        std::thread::sleep(SPAN);
-        let (after, elapsed) = (moved.load(Ordering::Relaxed), began.elapsed());
+        let gigabits = watch(std::slice::from_ref(&moved), PARTS_ALONE);
         stop.store(true, Ordering::Relaxed);
         mover.join().ok().context("a client panicked")??;
-        ensure!(after > before, "a connection stood still for {elapsed:?}");
-        Ok((after - before) as f64 * 8.0 / 1e9 / elapsed.as_secs_f64())
+        ensure!(gigabits > 0.0, "a connection stood still");
+        Ok(gigabits)
     })
+}
+
+/// Gbit/s of all connections together, as it is in the median of so many parts.
+fn watch(moved: &[AtomicU64], parts: usize) -> f64 {
+    let bytes = || -> u64 { moved.iter().map(|each| each.load(Ordering::Relaxed)).sum() };
+    let speeds: Vec<f64> = (0..parts)
+        .map(|_| {
+            let (before, began) = (bytes(), Instant::now());
+            std::thread::sleep(PART);
+            (bytes() - before) as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64()
+        })
+        .collect();
+    median(&speeds)
 }
 
 fn observe(site: &Site, moved: &[AtomicU64]) -> Result<Bulk> {
     let bytes = || moved.iter().map(|each| each.load(Ordering::Relaxed));
     std::thread::sleep(WARM_UP);
     let before = Reading::take(site)?;
-    let (bytes_before, began) = (bytes().collect::<Vec<_>>(), Instant::now());
-    std::thread::sleep(SPAN);
-    let (bytes_after, elapsed) = (bytes().collect::<Vec<_>>(), began.elapsed());
+    let bytes_before: Vec<u64> = bytes().collect();
+    let gigabits = watch(moved, PARTS);
+    let bytes_after: Vec<u64> = bytes().collect();
     let usage = Reading::take(site)?.since(&before);
     let each = bytes_after.iter().zip(&bytes_before).map(|(a, b)| a - b);
     ensure!(
         each.clone().all(|bytes| bytes > 0),
-        "a connection stood still for {elapsed:?}: bytes of each {:?}",
+        "a connection stood still: bytes of each {:?}",
         each.collect::<Vec<_>>()
     );
     let moves = || bytes().zip(&bytes_after).all(|(now, then)| now > *then);
@@ -127,10 +143,7 @@ fn observe(site: &Site, moved: &[AtomicU64]) -> Result<Bulk> {
         ensure!(Instant::now() < limit, "a connection got stuck");
         std::thread::sleep(GOES_ON / 100);
     }
-    Ok(Bulk {
-        gigabits: each.sum::<u64>() as f64 * 8.0 / 1e9 / elapsed.as_secs_f64(),
-        usage,
-    })
+    Ok(Bulk { gigabits, usage })
 }
 
 fn transfer(mut client: &TcpStream, way: Way, moved: &AtomicU64, stop: &AtomicBool) -> Result<()> {

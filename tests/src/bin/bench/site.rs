@@ -68,7 +68,7 @@ enum Server {
 }
 
 /// A LAN with a client and a server, offloads on. The endpoints have a CPU each: the client the first, the
-/// service the last. What else the agents do runs where there is room. The client does not hear the heartbeats.
+/// service the last. What else the agents do runs where there is room.
 pub struct Site {
     /// The LAN.
     pub lab: Lab,
@@ -98,7 +98,6 @@ impl Site {
             active.wait_metric("rfsis_protection", &[("mode", "sync")], 1.0);
         }
         pin_service(site.server_pid(), last_cpu()?)?;
-        site.lab.bring_broadcasts(Host::Client, false)?;
         Ok(site)
     }
 
