@@ -113,6 +113,9 @@ fn blackout(settings: &Settings, asked: Asked) -> Result<Option<Seen>> {
         return Ok(None);
     }
     let capture = Capture::start(&lab);
+    if !is_standby(&pair.backup) {
+        return Ok(None);
+    }
     let output = match asked {
         Asked::Active => Some(pair.primary.ask(&["switchover"])),
         Asked::Standby => Some(pair.backup.ask(&["switchover"])),
