@@ -9,6 +9,9 @@ use rfsis_agent::auth::ClusterKey;
 use rfsis_agent::heartbeat::Codec;
 use rfsis_common::heartbeat::{ARP_LEN, ETHERNET_LEN, FRAME_LEN, MAC_LEN};
 
+/// The last byte of an ARP packet's operation (RFC 826).
+const OPERATION: usize = ETHERNET_LEN + 7;
+
 const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
 
 fuzz_target!(|frame: &[u8]| {
@@ -19,15 +22,25 @@ fuzz_target!(|frame: &[u8]| {
     let Some(mut frame) = frame.first_chunk::<FRAME_LEN>().copied() else {
         return;
     };
-    let tag = ClusterKey::new(KEY).tag(&frame[ETHERNET_LEN..FRAME_LEN - MAC_LEN]);
-    frame[FRAME_LEN - MAC_LEN..].copy_from_slice(&tag);
+    sign(&mut frame);
     let Ok(heartbeat) = codec.parse(&frame) else {
         return;
     };
-    // The targets are the last fields of an ARP packet (RFC 826); zeros ask everybody.
+    // The targets are the last fields of an ARP packet (RFC 826); zeros mean everybody.
     let end = ETHERNET_LEN + ARP_LEN;
     let target: [u8; 6] = frame[end - 10..end - 4].try_into().unwrap();
     let to = (target != [0; 6]).then_some(target);
     let peer: [u8; 4] = frame[end - 4..end].try_into().unwrap();
-    assert_eq!(codec.emit(&heartbeat, to, Ipv4Addr::from(peer)), frame);
+    let mut written = codec.emit(&heartbeat, to, Ipv4Addr::from(peer));
+    if to.is_none() {
+        // Older agents send requests to all.
+        written[OPERATION] = frame[OPERATION];
+        sign(&mut written);
+    }
+    assert_eq!(written, frame);
 });
+
+fn sign(frame: &mut [u8; FRAME_LEN]) {
+    let tag = ClusterKey::new(KEY).tag(&frame[ETHERNET_LEN..FRAME_LEN - MAC_LEN]);
+    frame[FRAME_LEN - MAC_LEN..].copy_from_slice(&tag);
+}
