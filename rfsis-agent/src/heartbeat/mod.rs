@@ -22,7 +22,7 @@ pub type Nanos = u64;
 /// Ethernet address (EUI-48).
 pub type MacAddr = [u8; 6];
 
-/// Where heartbeats go while the peer's address is not known.
+/// Where heartbeats go while the peer is not heard.
 pub const BROADCAST: MacAddr = [0xff; 6];
 
 /// The ARP header of every heartbeat up to the operation's last byte (RFC 826): Ethernet, IPv4, 6, 4.
