@@ -45,6 +45,8 @@ pub struct Exchange {
     copied: bool,
     /// When the active asked last for a sign of life, ns.
     asked_at: Nanos,
+    /// When it was asked again after so long that the active may have opened its gate, ns.
+    deaf_until: Nanos,
     /// Silence of either node after which the active does not wait for the standby, ns.
     timeout: Nanos,
     /// Between two heartbeats of the active, ns.
@@ -76,16 +78,18 @@ impl Exchange {
             answer: false,
             copied: false,
             asked_at: 0,
+            deaf_until: 0,
             timeout,
             interval,
         }
     }
 
     /// Whether the active, by its heartbeats alive until `lived_until` (ns), was not heard here for so long
-    /// that it may have opened its gate: it has lived until then, and perhaps until its next heartbeat.
+    /// that it may have opened its gate: it has lived until then, and perhaps until its next heartbeat. What waited
+    /// while this agent did not run is heard late, and the answer to it perhaps not at all.
     pub fn was_deaf(&self, lived_until: Nanos) -> bool {
         let dead_at = lived_until.saturating_add(self.interval);
-        dead_at.saturating_sub(self.asked_at) > self.timeout
+        dead_at.saturating_sub(self.asked_at) > self.timeout || self.deaf_until > lived_until
     }
 
     /// The node is active now.
@@ -210,6 +214,9 @@ impl Exchange {
         let opened = self.channel.open(datagram, from, epoch)?;
         if opened.wants_answer {
             self.answer = true;
+            if now.saturating_sub(self.asked_at) > self.timeout {
+                self.deaf_until = now;
+            }
             self.asked_at = now;
         }
         if self.copied {
@@ -411,5 +418,32 @@ mod tests {
         assert!(!exchange.was_deaf(900 * MS));
         assert!(!exchange.was_deaf(1250 * MS));
         assert!(exchange.was_deaf(1250 * MS + 1));
+    }
+
+    #[test]
+    fn an_active_whose_questions_waited_and_that_died_meanwhile_has_left_the_standby_deaf() {
+        let mut exchange = exchange(300 * MS, 50 * MS);
+        let (node, peer) = (Ipv4Addr::new(192, 168, 1, 2), Ipv4Addr::new(192, 168, 1, 1));
+        exchange.channel.set_peer(Some(7));
+        let mut active = Channel::new(KEY, "demo", peer, node, 7);
+        active.set_peer(Some(1));
+        let mut maps = Maps::default();
+        let mut ask = |exchange: &mut Exchange, at| {
+            let mut datagrams = Vec::new();
+            active.seal(1, true, std::iter::empty(), |datagram| {
+                datagrams.push(datagram.to_vec());
+            });
+            for datagram in datagrams {
+                exchange.open(&datagram, peer, 1, at, &mut maps).unwrap();
+            }
+        };
+        ask(&mut exchange, 1000 * MS);
+        ask(&mut exchange, 1100 * MS);
+        assert!(!exchange.was_deaf(1120 * MS));
+        // All that came while the agent was stopped.
+        ask(&mut exchange, 1700 * MS);
+        ask(&mut exchange, 1701 * MS);
+        assert!(exchange.was_deaf(1650 * MS));
+        assert!(!exchange.was_deaf(1750 * MS), "it had the answer");
     }
 }
