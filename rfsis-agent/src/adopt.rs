@@ -73,12 +73,16 @@ pub struct Unfinished {
     pub handler: Box<dyn StreamHandler>,
     /// What it has not taken yet, up to `rcv_nxt`.
     pub input: Vec<u8>,
+    /// What the client was told it may send behind that, bytes. A shadow has room for it in the agent's memory, which a
+    /// kernel socket has not.
+    pub promised: usize,
 }
 
 impl std::fmt::Debug for Unfinished {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Unfinished")
             .field("input", &self.input.len())
+            .field("promised", &self.promised)
             .finish_non_exhaustive()
     }
 }

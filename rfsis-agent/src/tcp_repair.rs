@@ -18,7 +18,7 @@ use socket2::{Domain, Socket, Type};
 use crate::adopt::Numbers;
 use crate::lockstep::later;
 use crate::segment::Options;
-use crate::services::bound_buffers;
+use crate::services::{RECEIVE_BUFFER, bound_buffers};
 use crate::sys;
 
 /// Queues, as TCP_REPAIR_QUEUE counts them (linux/tcp.h).
@@ -45,6 +45,10 @@ const CLOSE_WAIT: u8 = 8;
 const TIMESTAMPS: u8 = 1;
 const SACK: u8 = 2;
 const WINDOW_SCALE: u8 = 4;
+
+/// What a socket promises its client before anything has come in, bytes, if it has to promise no more: as one that was
+/// accepted.
+const FIRST_WINDOW: u32 = u16::MAX as u32;
 
 /// What most queues have room in, and what all have, bytes: buffers of the services' sockets are bounded.
 const FEW: usize = 4 * 1024;
@@ -131,9 +135,12 @@ pub fn restore(numbers: &Numbers) -> io::Result<TcpStream> {
     set(libc::TCP_QUEUE_SEQ, &[numbers.snd_nxt])?;
     set(libc::TCP_REPAIR_QUEUE, &[RECEIVE_QUEUE])?;
     set(libc::TCP_QUEUE_SEQ, &[numbers.rcv_nxt])?;
+    // Else it would promise at once all that its buffer can take at best.
+    set(libc::TCP_WINDOW_CLAMP, &[FIRST_WINDOW])?;
     // Repair binds beside the listener; SO_REUSEADDR would end that.
     socket.bind(&service.into())?;
     socket.connect(&client.into())?;
+    set(libc::TCP_WINDOW_CLAMP, &[RECEIVE_BUFFER as u32])?;
     let (client_shift, own_shift) = numbers.shifts.unwrap_or((0, 0));
     let shifts = u32::from(client_shift) | u32::from(own_shift) << 16;
     let mut options = vec![KIND_MSS, mss, KIND_WINDOW, shifts];

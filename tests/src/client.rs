@@ -356,7 +356,11 @@ pub fn chargen_exactly(
     })
 }
 
-fn check_stream(
+/// Reads `total` bytes and checks each: `expect` makes those from an offset on. `progress` counts them.
+///
+/// # Errors
+/// As [`chargen_exactly`].
+pub fn check_stream(
     mut stream: &TcpStream,
     total: u64,
     progress: &AtomicU64,

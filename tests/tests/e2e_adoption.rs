@@ -13,7 +13,7 @@ use rfsis_agent::tcp_repair::restore;
 use socket2::SockRef;
 use tests::agent::port;
 use tests::client::{
-    Noise, chargen_exactly, connect, echo_exactly, hears, parts, says, tcp_sockets,
+    Noise, chargen_exactly, check_stream, connect, echo_exactly, hears, parts, says, tcp_sockets,
 };
 use tests::patience::{Over, slowed, wait_until};
 use tests::{
@@ -283,6 +283,41 @@ fn echo_until(stream: &TcpStream, stop: &AtomicBool, progress: &AtomicU64) {
     );
 }
 
+/// A client writes and does not read, until an echo has no room for more: nothing that it was promised room for has
+/// none. The kernel would drop that, and then, of a client that has sent a little beyond the window that is closed,
+/// every acknowledgement: both would wait for good.
+fn what_the_client_was_promised_finds_room(wiring: Wiring) {
+    const SENT: u64 = 8 << 20;
+    let lab = wiring.lab();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let stream = connect(&lab, port::ECHO).unwrap();
+    echoes(&stream, 1);
+    pair.backup.wait_flows("lockstep", 1);
+    pair.primary_dies(&lab, Death::Kill9);
+    pair.wait_takeover();
+    wait_adopted(&lab, &pair.backup, 1);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let (mut noise, mut chunk, mut out) = (Noise::new(5), vec![0; 64 << 10], &stream);
+            for _ in 0..SENT / chunk.len() as u64 {
+                noise.fill(&mut chunk);
+                out.write_all(&chunk).unwrap();
+            }
+        });
+        wait_until(
+            "all that was sent to be acknowledged, and the rest to wait",
+            || lab.client().sh("ss -Htin dport = :7").unwrap(),
+            |socket| socket.contains(" notsent:") && !socket.contains(" unacked:"),
+        );
+        let mut noise = Noise::new(5);
+        check_stream(&stream, SENT, &AtomicU64::new(0), |_, room| {
+            noise.fill(room)
+        })
+        .unwrap();
+        sender.join().unwrap();
+    });
+}
+
 /// The client has closed its half, and reads on for ever: its flow ends where it is.
 fn a_half_closed_connection_goes_on_on_its_shadow(wiring: Wiring) {
     let lab = wiring.lab();
@@ -422,6 +457,7 @@ on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] 
     conversations_are_adopted_between_two_words => super::conversations_are_adopted_between_two_words;
     a_download_is_adopted => |wiring| bulk_is_adopted(wiring, port::CHARGEN);
     an_upload_is_adopted => |wiring| bulk_is_adopted(wiring, port::DISCARD);
+    what_the_client_was_promised_finds_room => super::what_the_client_was_promised_finds_room;
     an_echo_in_bulk_is_adopted => |wiring| bulk_is_adopted(wiring, port::ECHO);
 }}
 

@@ -297,6 +297,7 @@ impl Host {
         let start = Start {
             handler: unfinished.handler,
             input: unfinished.input,
+            promised: unfinished.promised,
             entry: Some(adopted.entry),
         };
         self.serve(stream, flow, start, adopted.epoch);

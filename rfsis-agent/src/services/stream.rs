@@ -33,6 +33,8 @@ pub(super) struct Start {
     pub handler: Box<dyn StreamHandler>,
     /// What was read already and is still to be handled.
     pub input: Vec<u8>,
+    /// Bytes behind those that the client may send whatever the handler does.
+    pub promised: usize,
     /// Of a connection that was adopted.
     pub entry: Option<OpenFlow>,
 }
@@ -43,6 +45,7 @@ impl Start {
         Self {
             handler,
             input: Vec::new(),
+            promised: 0,
             entry: None,
         }
     }
@@ -62,8 +65,10 @@ impl Connection {
         let Start {
             mut handler,
             input,
+            promised,
             entry,
         } = start;
+        let input = Buffer::of(input, promised);
         tokio::select! {
             biased;
             () = epoch.ended() => abort(&self.stream),
@@ -74,11 +79,11 @@ impl Connection {
     async fn converse(
         &mut self,
         handler: &mut dyn StreamHandler,
-        input: Vec<u8>,
+        input: Buffer,
         entry: Option<OpenFlow>,
     ) {
         let asked = self.connections.register(self.flow);
-        let outcome = exchange(&self.stream, handler, Buffer::of(input), &asked).await;
+        let outcome = exchange(&self.stream, handler, input, &asked).await;
         drop(asked);
         // Once both sides have ended it the kernel answers what comes late by a reset, though the socket is open.
         drop(entry);
@@ -182,6 +187,9 @@ async fn exchange(
                 finished,
             });
         }
+        if !moved && input.is_full() && input.grow_as_promised() {
+            continue;
+        }
         if !moved {
             let read = (!eof && !finished && !input.is_full()).then_some(Interest::READABLE);
             let write = (!output.is_empty()).then_some(Interest::WRITABLE);
@@ -211,23 +219,42 @@ async fn ready(stream: &TcpStream, interest: Interest, asked: &Asked) -> io::Res
     }
 }
 
-/// Bytes in order, at most [`BUFFER_LIMIT`] unless it began with more; without memory while it is empty and
-/// released.
-#[derive(Default)]
+/// Bytes in order, at most [`BUFFER_LIMIT`] unless it began with more, or more was promised; without memory while it
+/// is empty and released.
 struct Buffer {
     data: Vec<u8>,
     start: usize,
     end: usize,
+    limit: usize,
+    /// A shadow had room for so many bytes that are still to come, and said so.
+    promised: usize,
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self::of(Vec::new(), 0)
+    }
 }
 
 impl Buffer {
-    fn of(data: Vec<u8>) -> Self {
+    fn of(data: Vec<u8>, promised: usize) -> Self {
         let end = data.len();
         Self {
             data,
             start: 0,
             end,
+            limit: BUFFER_LIMIT,
+            promised,
         }
+    }
+
+    /// Makes room for more of what was promised, if any of that is left. The kernel, in which a socket's memory is
+    /// bounded, would drop what it has no room for; and then, of a client that has sent a little beyond the window
+    /// that is closed now, every acknowledgement (`tcp_sequence`, net/ipv4/tcp_input.c). A handler that waits for one
+    /// would wait for good.
+    fn grow_as_promised(&mut self) -> bool {
+        self.limit = self.end - self.start + self.promised.min(BUFFER_LIMIT);
+        self.promised > 0
     }
 
     fn bytes(&self) -> &[u8] {
@@ -239,7 +266,7 @@ impl Buffer {
     }
 
     fn is_full(&self) -> bool {
-        self.end - self.start >= BUFFER_LIMIT
+        self.end - self.start >= self.limit
     }
 
     /// Free space behind the bytes; empty only when the buffer is full.
@@ -249,16 +276,19 @@ impl Buffer {
             self.end -= self.start;
             self.start = 0;
         }
-        if self.end == self.data.len() && self.data.len() < BUFFER_LIMIT {
+        if self.end == self.data.len() && self.data.len() < self.limit {
             let larger = (self.data.len() * 2).max(BUFFER_FIRST);
-            self.data.resize(larger, 0);
+            self.data.resize(larger.min(self.limit), 0);
         }
-        &mut self.data[self.end..]
+        let free = self.limit.saturating_sub(self.end - self.start);
+        let end = self.data.len().min(self.end + free);
+        &mut self.data[self.end..end]
     }
 
     /// `count` bytes of the room were written.
     fn fill(&mut self, count: usize) {
         self.end += count;
+        self.promised = self.promised.saturating_sub(count);
         debug_assert!(self.end <= self.data.len());
     }
 
@@ -270,12 +300,13 @@ impl Buffer {
             self.start = 0;
             self.end = 0;
         }
+        self.limit = BUFFER_LIMIT;
     }
 
     /// Gives the memory back if nothing is in it, so that an idle connection costs none.
     fn release(&mut self) {
         if self.is_empty() {
-            *self = Buffer::default();
+            *self = Self::of(Vec::new(), self.promised);
         }
     }
 }
@@ -289,14 +320,20 @@ mod tests {
         #[test]
         fn buffer_keeps_every_byte_in_order(
             steps in proptest::collection::vec((proptest::bool::ANY, 0usize..40_000), 1..60),
+            promised in 0usize..200_000,
         ) {
-            let mut buffer = Buffer::default();
+            let mut buffer = Buffer::of(Vec::new(), promised);
+            let mut filled = 0;
             let mut model = VecDeque::new();
             let mut next = 0u8;
             for (fills, size) in steps {
                 if fills {
+                    let full = buffer.is_full();
+                    let grown = full && buffer.grow_as_promised();
+                    proptest::prop_assert_eq!(grown, full && filled < promised);
                     let room = buffer.room();
                     let count = size.min(room.len());
+                    filled += count;
                     for byte in &mut room[..count] {
                         *byte = next;
                         model.push_back(next);
@@ -310,7 +347,7 @@ mod tests {
                     buffer.release();
                 }
                 proptest::prop_assert!(model.iter().eq(buffer.bytes()));
-                proptest::prop_assert!(model.len() <= BUFFER_LIMIT);
+                proptest::prop_assert!(model.len() <= BUFFER_LIMIT.max(promised));
                 proptest::prop_assert_eq!(buffer.room().is_empty(), buffer.is_full());
             }
         }

@@ -1,5 +1,7 @@
 //! Real sockets on loopback. There is no gate here, so what the gate would hold is visible.
 
+mod adopted;
+
 use std::os::fd::AsFd;
 use std::sync::Mutex;
 
@@ -10,7 +12,6 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
-use crate::adopt::{OpenFlows, Unfinished};
 use crate::metrics::DatagramResult;
 use crate::sync::Snapshot;
 
@@ -663,67 +664,4 @@ async fn a_half_closed_connection_says_so_and_one_that_is_not_there_says_nothing
     // Its entry goes with it.
     while lab.snapshot(flow).await.is_some() {}
     lab.stop().await;
-}
-
-/// A connection that somebody else has established, and what a shadow has left of it.
-async fn established(lab: &Lab, input: &[u8], open: &OpenFlows) -> (TcpStream, Adopted) {
-    let listener = TcpListener::bind((VIP, 0)).await.unwrap();
-    let client = TcpStream::connect(listener.local_addr().unwrap());
-    let (client, accepted) = tokio::join!(client, listener.accept());
-    let (client, (socket, _)) = (client.unwrap(), accepted.unwrap());
-    let flow = lab.flow(&client);
-    let adopted = Adopted {
-        socket: socket.into_std().unwrap(),
-        flow,
-        unfinished: Unfinished {
-            handler: HandlerKind::Echo.stream(),
-            input: input.to_vec(),
-        },
-        epoch: lab.state.subscribe(),
-        entry: open.enter(flow),
-    };
-    (client, adopted)
-}
-
-#[tokio::test]
-async fn an_adopted_connection_is_served_from_where_its_shadow_stopped() {
-    let mut lab = Lab::active(HandlerKind::Echo);
-    let open = OpenFlows::default();
-    // More than a connection reads ahead.
-    let unread = vec![7; 200_000];
-    let (mut client, adopted) = established(&lab, &unread, &open).await;
-    let flow = adopted.flow;
-    lab.adopted.send(vec![adopted]).await.unwrap();
-    assert_eq!(read_some(&mut client, unread.len()).await, unread);
-    client.write_all(b"more").await.unwrap();
-    assert_eq!(read_some(&mut client, 4).await, b"more");
-    assert_eq!((lab.approved(), open.count(|_| true)), (vec![], 1));
-    assert_eq!(lab.gate.revoked.lock().unwrap()[..], [flow]);
-    client.shutdown().await.unwrap();
-    assert_eq!(read_all(&mut client).await.unwrap(), b"");
-    assert_eq!(lab.next_approval().await, flow);
-    lab.stop().await;
-    assert_eq!(open.count(|_| true), 0);
-}
-
-#[tokio::test]
-async fn an_adopted_connection_ends_with_the_epoch_of_its_shadow_even_before_it_is_begun_with() {
-    for begun in [true, false] {
-        let lab = Lab::active(HandlerKind::Echo);
-        let open = OpenFlows::default();
-        let (mut client, adopted) = established(&lab, b"x", &open).await;
-        if begun {
-            lab.adopted.send(vec![adopted]).await.unwrap();
-            assert_eq!(read_some(&mut client, 1).await, b"x");
-            lab.state.send(State::Standby).unwrap();
-            lab.state.send(State::Active).unwrap();
-        } else {
-            lab.state.send(State::Standby).unwrap();
-            lab.state.send(State::Active).unwrap();
-            lab.adopted.send(vec![adopted]).await.unwrap();
-        }
-        assert_reset(&mut client).await;
-        assert_eq!(lab.stop().await, []);
-        assert_eq!(open.count(|_| true), 0);
-    }
 }

@@ -116,15 +116,15 @@ impl Shadow {
         self.una
     }
 
-    /// The right edge of the window that the client knows.
-    fn promised_edge(&self) -> u32 {
-        later(self.window_end, self.active_edge)
+    /// What the client knows that it may send, bytes.
+    fn promised(&self) -> u32 {
+        self.open_window(later(self.window_end, self.active_edge))
     }
 
     /// Asks the client what it has got: a keep-alive (RFC 9293 section 3.8.4) has always an answer.
     pub fn ask(&mut self, cx: &mut Context<'_>) {
         let shift = self.handshake.shifts().map_or(0, |(_, active)| active);
-        let window = self.open_window(self.promised_edge());
+        let window = self.promised();
         let repr = TcpRepr {
             seq_number: TcpSeqNumber(self.una.wrapping_sub(1) as i32),
             ack_number: Some(TcpSeqNumber(self.held_next() as i32)),
@@ -150,14 +150,13 @@ impl Shadow {
 
     /// With what a kernel socket goes on, if this shadow is ready.
     pub fn numbers(&self, now: Nanos) -> Numbers {
-        let edge = self.promised_edge();
         Numbers {
             flow: self.flow,
             vip: self.vip,
             snd_nxt: self.una,
             rcv_nxt: self.held_next(),
             snd_wnd: distance(self.una, self.client_edge).max(0) as u32,
-            rcv_wnd: self.open_window(edge),
+            rcv_wnd: self.promised(),
             mss: self.handshake.client.mss.unwrap_or(DEFAULT_MSS),
             shifts: self.handshake.shifts(),
             sack: self.handshake.sack(),
@@ -168,6 +167,7 @@ impl Shadow {
     /// What the kernel socket's service goes on with, and what is left. `None` if there is no handler: it was
     /// not ready.
     pub fn unfinished(mut self) -> Option<(Unfinished, Shell)> {
+        let promised = self.promised() as usize;
         let socket = self.sockets.get_mut::<Socket<'static>>(self.socket);
         let mut input = Vec::with_capacity((self.held - self.taken) as usize + socket.recv_queue());
         // Its ring may come in two pieces.
@@ -187,7 +187,11 @@ impl Shadow {
         }
         match self.source {
             Source::Handler(handler) => Some((
-                Unfinished { handler, input },
+                Unfinished {
+                    handler,
+                    input,
+                    promised,
+                },
                 Shell {
                     _sockets: self.sockets,
                     _memory: self.memory,
