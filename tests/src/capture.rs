@@ -1,75 +1,57 @@
-//! What the client's wire saw: `tcpdump` to a file, and questions to ask of it.
+//! What the client's wire saw, and questions to ask of it.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TcpSlice, TransportSlice};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::lab::{Lab, VIP};
-use crate::netns::{Namespace, mortal};
-use crate::patience::wait_until;
-use crate::wire::Wire;
+use crate::netns::Namespace;
+use crate::wire::{SNAP, Wire};
 
 /// EtherType for local experiments (IEEE 802, 88b5): marks the end of a capture.
 const MARKER: [u8; 2] = [0x88, 0xb5];
 
-/// A running `tcpdump` on the client's eth0.
+/// Frames of the client's eth0, from when it is started until it is stopped.
+///
+/// In this process, not by `tcpdump`: it writes more slowly than frames come here, and what it lost, up to a tenth,
+/// nobody missed.
 #[derive(Debug)]
 pub struct Capture {
-    child: Child,
-    file: PathBuf,
     client: Arc<Namespace>,
+    ended: Arc<AtomicBool>,
+    reader: Option<JoinHandle<Result<Trace>>>,
 }
 
 impl Capture {
-    /// Starts it and waits until it listens.
+    /// Starts it: what is on the wire from now on is heard.
     ///
     /// # Panics
     /// When it cannot.
     pub fn start(lab: &Lab) -> Self {
-        Self::try_start(lab).unwrap_or_else(|error| panic!("cannot capture: {error:#}"))
-    }
-
-    fn try_start(lab: &Lab) -> Result<Self> {
-        let file = lab.directory().join("client.pcap");
-        let mut command = mortal("tcpdump");
-        command
-            .args(["-i", "eth0", "-n", "-U", "--immediate-mode", "-Z", "root"])
-            .args(["-s", "0", "-B", "65536", "-w"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
         let client = Arc::clone(lab.client());
-        let mut child = client.spawn(command)?;
-        let stderr = child.stderr.take().context("no stderr of tcpdump")?;
-        let mut said = String::new();
-        let mut lines = BufReader::new(stderr);
-        while !said.contains("listening on") {
-            ensure!(lines.read_line(&mut said)? > 0, "tcpdump ended: {said}");
-        }
-        // Read on, so that tcpdump never blocks on a full pipe.
-        std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
-        Ok(Self {
-            child,
-            file,
+        let wire = Wire::open(&client).unwrap_or_else(|error| panic!("cannot capture: {error:#}"));
+        let ended = Arc::new(AtomicBool::new(false));
+        let reader = std::thread::spawn({
+            let ended = Arc::clone(&ended);
+            move || Trace::record(&wire, &ended)
+        });
+        Self {
             client,
-        })
+            ended,
+            reader: Some(reader),
+        }
     }
 
     /// Ends the capture: everything that was on the wire before this call is in the trace.
     ///
     /// # Panics
-    /// When the trace cannot be read.
+    /// When a frame was lost, or the socket failed.
     pub fn stop(mut self) -> Trace {
         self.try_stop()
             .unwrap_or_else(|error| panic!("cannot read the capture: {error:#}"))
@@ -80,25 +62,16 @@ impl Capture {
         marker[6..12].copy_from_slice(&crate::Host::Client.mac());
         marker[12..14].copy_from_slice(&MARKER);
         Wire::open(&self.client)?.send(&marker)?;
-        let trace = wait_until(
-            "the marker frame in the capture",
-            || Trace::read(&self.file).ok(),
-            |trace| {
-                trace
-                    .as_ref()
-                    .is_some_and(|trace| trace.frames.iter().any(is_marker))
-            },
-        );
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT)?;
-        self.child.wait()?;
-        trace.context("no trace")
+        let reader = self.reader.take().context("it was stopped")?;
+        reader
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
 impl Drop for Capture {
     fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
+        self.ended.store(true, Ordering::Relaxed);
     }
 }
 
@@ -283,35 +256,26 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Reads a pcap file of this machine's byte order, up to its last whole frame.
-    fn read(path: &Path) -> Result<Self> {
-        let mut bytes = Vec::new();
-        File::open(path)?.read_to_end(&mut bytes)?;
-        let word = |at: usize| -> Option<u32> {
-            Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-        };
-        // draft-ietf-opsawg-pcap: 24 bytes of file header, 16 per frame, times in microseconds.
-        ensure!(
-            word(0) == Some(0xa1b2_c3d4),
-            "{} is no pcap file",
-            path.display()
-        );
-        let (mut frames, mut at) = (Vec::new(), 24);
-        while let (Some(seconds), Some(micros), Some(length)) =
-            (word(at), word(at + 4), word(at + 8))
-        {
-            let start = at + 16;
-            let Some(frame) = bytes.get(start..start + length as usize) else {
-                break;
+    /// Hears frames up to the marker.
+    fn record(wire: &Wire, ended: &AtomicBool) -> Result<Self> {
+        let mut frames = Vec::new();
+        let mut buffer = vec![0; SNAP];
+        while !ended.load(Ordering::Relaxed) {
+            let Some(heard) = wire.next(&mut buffer)? else {
+                continue;
             };
-            let since = Duration::new(seconds.into(), micros * 1000);
-            frames.push(CapturedFrame {
-                at: UNIX_EPOCH + since,
-                bytes: frame.to_vec(),
-            });
-            at = start + length as usize;
+            let frame = CapturedFrame {
+                at: heard.at,
+                bytes: heard.frame.to_vec(),
+            };
+            let is_last = is_marker(&frame);
+            frames.push(frame);
+            if is_last {
+                ensure!(heard.lost == 0, "{} frames were lost", heard.lost);
+                return Ok(Self { frames });
+            }
         }
-        Ok(Self { frames })
+        bail!("nobody wants it any more")
     }
 
     /// The TCP segments that the VIP sent.

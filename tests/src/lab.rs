@@ -94,6 +94,8 @@ pub struct LabOptions {
     pub sync_link: bool,
     /// sysctls of the client below `/proc/sys/net`, with slashes.
     pub client_sysctls: Vec<(&'static str, &'static str)>,
+    /// How fast the client sends at the most, as tc(8) writes it; as fast as it can if not given.
+    pub client_rate: Option<&'static str>,
 }
 
 /// The namespaces and the bridge. The hosts may be held longer than the lab.
@@ -158,6 +160,11 @@ impl Lab {
         lab.bridge.sh("ip link set br0 arp off up")?;
         for host in Host::ALL {
             lab.connect(host, mtu, options)?;
+        }
+        if let Some(rate) = options.client_rate {
+            lab.client.sh(&format!(
+                "tc qdisc add dev eth0 root tbf rate {rate} burst 256kb limit 64mb"
+            ))?;
         }
         if options.sync_link {
             lab.connect_nodes(mtu)?;

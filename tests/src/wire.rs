@@ -2,20 +2,35 @@
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvmsg, sendto,
-    setsockopt, socket, sockopt,
+    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind,
+    recvmsg, sendto, setsockopt, socket, sockopt,
 };
-use nix::sys::time::TimeVal;
+use nix::sys::time::{TimeSpec, TimeVal};
 
 use crate::netns::Namespace;
 
-/// Longest frame that is heard; longer ones are cut.
-const SNAP: usize = 65536;
+/// Longest frame that is heard, bytes: a super-frame of the longest IP packet has a few more than 64 KiB.
+pub const SNAP: usize = 65_600;
+
+/// Frames that wait to be heard, bytes of the kernel's memory: it takes no more than 1 GiB.
+const QUEUE: usize = 1 << 30;
+
+/// A frame that was heard.
+#[derive(Debug)]
+pub struct Heard<'buffer> {
+    /// From its Ethernet header on.
+    pub frame: &'buffer [u8],
+    /// When it passed.
+    pub at: SystemTime,
+    /// How many this socket has lost before it, because its queue was full.
+    pub lost: u32,
+}
 
 /// An AF_PACKET socket on a host's eth0. It hears everything there, frames for others included:
 /// on a flooding bridge that is the whole LAN.
@@ -43,7 +58,11 @@ impl Wire {
                 SockProtocol::EthAll,
             )
             .context("a raw socket: run as root")?;
-            setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20))?;
+            bind(socket.as_raw_fd(), &eth0).context("binding to eth0")?;
+            // The kernel doubles it.
+            setsockopt(&socket, sockopt::RcvBufForce, &(QUEUE / 2 - 1))?;
+            setsockopt(&socket, sockopt::RxqOvfl, &1)?;
+            setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
             Ok(Self { socket, eth0 })
         })
@@ -76,18 +95,46 @@ impl Wire {
         let deadline = Instant::now() + limit;
         let mut buffer = vec![0; SNAP];
         while Instant::now() < deadline {
-            let mut parts = [IoSliceMut::new(&mut buffer)];
-            let length =
-                match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, None, MsgFlags::empty()) {
-                    Ok(message) => message.bytes,
-                    Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => continue,
-                    Err(error) => return Err(error).context("hearing frames"),
-                };
-            if let Some(found) = pick(&buffer[..length]) {
+            let heard = self.next(&mut buffer)?;
+            if let Some(found) = heard.and_then(|heard| pick(heard.frame)) {
                 return Ok(Some(found));
             }
         }
         Ok(None)
+    }
+
+    /// The next frame, or `None` if there is none for a while.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn next<'buffer>(&self, buffer: &'buffer mut [u8]) -> Result<Option<Heard<'buffer>>> {
+        let mut control = nix::cmsg_space!(TimeSpec, u32);
+        let mut parts = [IoSliceMut::new(buffer)];
+        let message = recvmsg::<()>(
+            self.socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            MsgFlags::empty(),
+        );
+        let message = match message {
+            Ok(message) => message,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+            Err(error) => return Err(error).context("hearing frames"),
+        };
+        let (mut at, mut lost) = (UNIX_EPOCH, 0);
+        for note in message.cmsgs().context("what the kernel says of a frame")? {
+            match note {
+                ControlMessageOwned::ScmTimestampns(time) => at += Duration::from(time),
+                ControlMessageOwned::RxqOvfl(count) => lost = count,
+                _ => {}
+            }
+        }
+        let length = message.bytes;
+        Ok(Some(Heard {
+            frame: &buffer[..length],
+            at,
+            lost,
+        }))
     }
 }
 

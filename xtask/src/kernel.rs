@@ -353,11 +353,6 @@ impl Root {
         ] {
             fs::create_dir_all(directory.join(path))?;
         }
-        // tcpdump looks up whom to run as.
-        fs::write(
-            directory.join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\n",
-        )?;
         Ok(Self { directory })
     }
 

@@ -8,13 +8,12 @@ use crate::ebpf::{LINKED_TOOLCHAIN, Toolchain};
 use crate::shell::{ask, command, find, has, root_prefix, run_quietly};
 
 /// Programs that the tests and the demo run, and the Debian packages they come from.
-pub const PROGRAMS: [(&str, &str); 12] = [
+pub const PROGRAMS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
     ("ss", "iproute2"),
     ("nc.openbsd", "netcat-openbsd"),
-    ("tcpdump", "tcpdump"),
     ("ethtool", "ethtool"),
     ("nft", "nftables"),
     ("setpriv", "util-linux"),
