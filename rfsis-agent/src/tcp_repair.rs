@@ -258,6 +258,7 @@ mod tests {
     use socket2::SockRef;
 
     use super::*;
+    use crate::segment::flow_key;
 
     /// A connection on loopback: the side that is read, and its peer.
     fn pair() -> (TcpStream, TcpStream) {
@@ -367,6 +368,35 @@ mod tests {
         socket.shutdown(Shutdown::Write).unwrap();
         let ended = read(socket.as_fd()).unwrap_err();
         assert_eq!(ended.kind(), io::ErrorKind::NotConnected);
+    }
+
+    /// An accepted socket begins so, and goes further as it sees how much memory the client's segments take.
+    #[test]
+    fn a_restored_socket_promises_at_first_what_an_accepted_one_does() {
+        let restored = |rcv_wnd| {
+            let numbers = Numbers {
+                flow: flow_key(Ipv4Addr::LOCALHOST, 9, 7),
+                vip: Ipv4Addr::LOCALHOST,
+                snd_nxt: 1,
+                rcv_nxt: 1,
+                snd_wnd: 1 << 16,
+                rcv_wnd,
+                mss: 1448,
+                shifts: Some((7, 5)),
+                sack: true,
+                timestamp: None,
+            };
+            let socket = restore(&numbers).unwrap();
+            // In repair mode it ends without a word, too.
+            sys::set_tcp_option(socket.as_fd(), libc::TCP_REPAIR, &[REPAIR_ON]).unwrap();
+            let window = sys::tcp_repair_window(socket.as_fd()).unwrap();
+            let info = sys::tcp_info(socket.as_fd()).unwrap();
+            // In whole segments.
+            assert!((60_000..=FIRST_WINDOW).contains(&info.tcpi_rcv_ssthresh));
+            window.rcv_wnd
+        };
+        assert_eq!(restored(0), 0);
+        assert_eq!(restored(2 << 20), 2 << 20);
     }
 
     /// Else nobody could listen on the port while the connection lingers.
