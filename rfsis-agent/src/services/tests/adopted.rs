@@ -1,5 +1,7 @@
 //! Connections that the kernel has adopted from shadows.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use socket2::SockRef;
 
 use super::*;
@@ -74,11 +76,13 @@ async fn an_adopted_connection_ends_with_the_epoch_of_its_shadow_even_before_it_
     }
 }
 
-/// An echo that waits for its client is such a handler.
-struct Deaf;
+/// An echo that waits for its client is such a handler. Counts how often it is asked.
+#[derive(Default)]
+struct Deaf(Arc<AtomicUsize>);
 
 impl StreamHandler for Deaf {
     fn advance(&mut self, _input: &[u8], _eof: bool, room: &mut [u8]) -> Progress {
+        self.0.fetch_add(1, Ordering::Relaxed);
         room.fill(b'.');
         Progress {
             consumed: 0,
@@ -99,7 +103,7 @@ async fn what_a_shadow_has_promised_is_read_whatever_the_handler_does() {
     let lab = Lab::active(HandlerKind::Echo);
     let open = OpenFlows::default();
     let deaf = Unfinished {
-        handler: Box::new(Deaf),
+        handler: Box::new(Deaf::default()),
         ..left(b"", PROMISED)
     };
     let (mut client, adopted) = established(&lab, deaf, &open).await;
@@ -117,5 +121,37 @@ async fn what_a_shadow_has_promised_is_read_whatever_the_handler_does() {
     let beyond = vec![1; 1 << 20];
     let more = timeout(Duration::from_millis(500), client.write_all(&beyond)).await;
     assert!(more.is_err(), "what nobody promised waits for the handler");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn while_neither_client_nor_handler_moves_nothing_runs() {
+    let lab = Lab::active(HandlerKind::Echo);
+    let open = OpenFlows::default();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let deaf = Unfinished {
+        handler: Box::new(Deaf(Arc::clone(&calls))),
+        ..left(b"", 2 << 20)
+    };
+    let (mut client, adopted) = established(&lab, deaf, &open).await;
+    SockRef::from(&client)
+        .set_recv_buffer_size(64 << 10)
+        .unwrap();
+    lab.adopted.send(vec![adopted]).await.unwrap();
+    client.write_all(&vec![1; 300_000]).await.unwrap();
+    // Until the client takes no more either, and no longer than that.
+    let mut before = 0;
+    timeout(PATIENCE, async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let now = calls.load(Ordering::Relaxed);
+            if now <= before + 10 {
+                break;
+            }
+            before = now;
+        }
+    })
+    .await
+    .expect("it rests");
     lab.stop().await;
 }
