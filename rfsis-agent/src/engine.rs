@@ -225,7 +225,6 @@ impl Engine {
                     }
                 });
             }
-            self.effects.give_to_services();
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }
@@ -247,6 +246,7 @@ impl Engine {
                     next_census = now + took * CENSUS_SHARE;
                 }
             }
+            self.effects.settle();
             if !more {
                 let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_look);
@@ -332,6 +332,8 @@ impl Engine {
             self.flows.expose();
         }
         let mut report = self.flows.go_live(sys::monotonic(), &mut self.effects);
+        // Before the kernel answers what waited.
+        self.effects.settle();
         let unanswered = std::mem::take(&mut report.unanswered);
         for &(reason, count) in &report.resets {
             self.metrics.flow_resets.add(reason, count as u64);

@@ -294,6 +294,56 @@ pub fn set_tcp_option(socket: BorrowedFd<'_>, name: i32, words: &[u32]) -> io::R
     Ok(())
 }
 
+/// Deletes keys of a hash map of the kernel's in one call; one that it has not is passed over.
+///
+/// Errors: of bpf(2), `BPF_MAP_DELETE_BATCH` (`generic_map_delete_batch`, kernel/bpf/syscall.c).
+pub fn delete_batch<K: aya::Pod>(map: BorrowedFd<'_>, mut keys: &[K]) -> io::Result<()> {
+    /// `BPF_MAP_DELETE_BATCH`, and its part of `union bpf_attr`: include/uapi/linux/bpf.h.
+    const DELETE_BATCH: libc::c_int = 27;
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    while !keys.is_empty() {
+        let mut batch = Batch {
+            in_batch: 0,
+            out_batch: 0,
+            keys: keys.as_ptr() as u64,
+            values: 0,
+            count: keys.len() as u32,
+            map_fd: map.as_raw_fd() as u32,
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads `count` keys, and writes to nothing but `batch`, both of which outlive the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                DELETE_BATCH,
+                &raw mut batch,
+                size_of::<Batch>(),
+            )
+        };
+        if result == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::NotFound {
+            return Err(error);
+        }
+        let missing = batch.count as usize;
+        keys = keys.get(missing + 1..).unwrap_or_default();
+    }
+    Ok(())
+}
+
 /// Gives the calling thread real-time priority `priority` (1–99, sched(7)).
 pub fn real_time(priority: i32) -> io::Result<()> {
     let parameters = libc::sched_param {

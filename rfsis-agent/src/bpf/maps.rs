@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::Pod;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, Queue};
 use rfsis_common::ack_gate::{AckGateVerdict, Confirmation, Guarded, Sent};
 use rfsis_common::agree::{AgreePeer, Pending};
 use rfsis_common::maps::{FlowKey, MirrorPeer, NodeState, PRESENT, Promise, names};
@@ -18,7 +18,7 @@ use rfsis_common::prompt::{Delegated, Hop, PromptPeer, PromptSeen};
 use rfsis_common::verdict::{GateVerdict, XdpVerdict};
 
 use super::error::BpfError;
-use crate::sys::SharedWords;
+use crate::sys::{self, SharedWords};
 
 /// Most entries that one [`LostFlows::drain`] gives.
 const DRAIN_MAX: usize = 16_384;
@@ -195,12 +195,16 @@ impl LiveFlows {
         result.map_err(|error| failed("inserting into", names::LIVE_FLOWS, &error))
     }
 
-    /// Gives a flow back to the kernel; that it is not there is no error.
+    /// Gives flows back to the kernel, in one system call; that one is not there is no error.
     ///
     /// # Errors
     /// Only where the kernel refuses the system call.
-    pub fn remove(&self, flow: &FlowKey) -> Result<(), BpfError> {
-        remove(names::LIVE_FLOWS, &self.0, flow)
+    pub fn remove(&self, flows: &[FlowKey]) -> Result<(), BpfError> {
+        let map = self.0.lock();
+        let result = sys::delete_batch(map.map().fd().as_fd(), flows);
+        result.map_err(|error| {
+            BpfError::new(format!("removing from map {}", names::LIVE_FLOWS), &error)
+        })
     }
 }
 

@@ -30,8 +30,12 @@ pub struct KernelEffects {
     pub warmer: Warmer,
     /// Takes connections that are the kernel's now.
     pub adopted: tokio::sync::mpsc::Sender<Vec<Adopted>>,
+    /// Flows that live on a shadow no more. One call of the kernel for many.
+    pub released: Vec<FlowKey>,
     /// Those that are to be handed over together: to wake another thread takes as long as to make a socket.
     pub handed_over: Vec<Adopted>,
+    /// How long it took to make them, ns, where `adoption_duration` has still to be told.
+    pub took: Vec<Nanos>,
     /// Those of them that are open.
     pub open: OpenFlows,
     /// The node's state; what was seen of it last is the epoch of the live shadows.
@@ -48,8 +52,11 @@ pub struct Restored {
 }
 
 impl KernelEffects {
-    /// Hands what was adopted over to its services.
-    pub(super) fn give_to_services(&mut self) {
+    /// Gives the kernel what was released, and then what was adopted to its services.
+    ///
+    /// Until then the frames of those flows come to the shadow thread, which passes them on.
+    pub(super) fn settle(&mut self) {
+        self.release_all();
         if self.handed_over.is_empty() {
             return;
         }
@@ -60,6 +67,23 @@ impl KernelEffects {
             // The agent ends: the sockets' FINs meet a closed gate.
             Err(TrySendError::Closed(())) => self.handed_over.clear(),
         }
+    }
+
+    fn release_all(&mut self) {
+        if self.released.is_empty() {
+            return;
+        }
+        let since = sys::monotonic();
+        // Their frames still come to this thread then, and are passed on.
+        if let Err(error) = self.live_flows.remove(&self.released) {
+            tracing::warn!(%error, "cannot release flows");
+        }
+        let share = sys::monotonic().saturating_sub(since) / self.released.len() as u64;
+        for took in self.took.drain(..) {
+            let seconds = (took + share) as f64 / 1e9;
+            self.metrics.adoption_duration.observe(seconds);
+        }
+        self.released.clear();
     }
 
     /// Hands the kernel a packet that came in for a shadow, if that is a kernel socket by now.
@@ -114,8 +138,8 @@ impl Effects for KernelEffects {
             entry: self.open.enter(flow),
         });
         self.metrics.adoptions.inc(AdoptionResult::Adopted);
-        let took = sys::monotonic().saturating_sub(restored.since);
-        self.metrics.adoption_duration.observe(took as f64 / 1e9);
+        self.took
+            .push(sys::monotonic().saturating_sub(restored.since));
     }
 
     fn send(&mut self, packet: &[u8]) {
@@ -132,12 +156,13 @@ impl Effects for KernelEffects {
     }
 
     fn protect(&mut self, flow: FlowKey) -> bool {
+        // One that was released a moment ago is not to be removed after this.
+        self.release_all();
         self.live_flows.insert(flow).is_ok()
     }
 
     fn release(&mut self, flow: FlowKey) {
-        // Not there is as good as removed.
-        let _ = self.live_flows.remove(&flow);
+        self.released.push(flow);
     }
 
     fn warm(&mut self, client: Ipv4Addr) {

@@ -94,7 +94,7 @@ pub trait Effects {
     fn approve(&mut self, flow: FlowKey);
     /// Puts a flow into `LIVE_FLOWS`; false if there is no room.
     fn protect(&mut self, flow: FlowKey) -> bool;
-    /// Takes a flow out of `LIVE_FLOWS`.
+    /// Takes a flow out of `LIVE_FLOWS`, at the latest before its service, or the kernel, is given anything.
     fn release(&mut self, flow: FlowKey);
     /// Keeps the way to this client resolved.
     fn warm(&mut self, client: Ipv4Addr);

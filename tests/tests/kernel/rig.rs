@@ -222,7 +222,12 @@ impl Rig {
     pub fn set(&mut self, world: &World) {
         self.state.write(world.node()).unwrap();
         self.standby.write(world.standby).unwrap();
-        self.live.remove(&FLOW).unwrap();
+        // One that is not there does not keep those behind it.
+        let other = FlowKey {
+            client_port: !FLOW.client_port,
+            ..FLOW
+        };
+        self.live.remove(&[other, FLOW]).unwrap();
         if world.live {
             self.live.insert(FLOW).unwrap();
         }
