@@ -225,6 +225,7 @@ impl Engine {
                     }
                 });
             }
+            self.effects.settle();
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }
@@ -246,8 +247,9 @@ impl Engine {
                     next_census = now + took * CENSUS_SHARE;
                 }
             }
-            self.effects.settle();
             if !more {
+                // What was released since.
+                self.effects.settle();
                 let link = self.link.as_ref().map_or(Nanos::MAX, Link::next_wakeup);
                 let until = self.flows.next_wakeup().min(next_look);
                 // What is sent on, and what live shadows answer, clients wait for.

@@ -294,7 +294,8 @@ pub fn set_tcp_option(socket: BorrowedFd<'_>, name: i32, words: &[u32]) -> io::R
     Ok(())
 }
 
-/// Deletes keys of a hash map of the kernel's in one call; one that it has not is passed over.
+/// Deletes keys of a hash map of the kernel's in one call; one that it has not is passed over. `K` is as long as the
+/// map's keys.
 ///
 /// Errors: of bpf(2), `BPF_MAP_DELETE_BATCH` (`generic_map_delete_batch`, kernel/bpf/syscall.c).
 pub fn delete_batch<K: aya::Pod>(map: BorrowedFd<'_>, mut keys: &[K]) -> io::Result<()> {

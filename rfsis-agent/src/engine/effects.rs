@@ -54,7 +54,8 @@ pub struct Restored {
 impl KernelEffects {
     /// Gives the kernel what was released, and then what was adopted to its services.
     ///
-    /// Until then the frames of those flows come to the shadow thread, which passes them on.
+    /// Until then frames of those flows come to the shadow thread: it passes on what is for an adopted one, and drops the
+    /// rest, as what was in its ring before.
     pub(super) fn settle(&mut self) {
         self.release_all();
         if self.handed_over.is_empty() {
@@ -74,8 +75,8 @@ impl KernelEffects {
             return;
         }
         let since = sys::monotonic();
-        // Their frames still come to this thread then, and are passed on.
         if let Err(error) = self.live_flows.remove(&self.released) {
+            // Frames of those that were adopted are passed on for good.
             tracing::warn!(%error, "cannot release flows");
         }
         let share = sys::monotonic().saturating_sub(since) / self.released.len() as u64;
