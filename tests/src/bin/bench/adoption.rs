@@ -17,7 +17,7 @@ use tests::{Agent, Bridge, Host, Lab, LabOptions, Settings, Wiring};
 use crate::bulk::{Way, speed};
 use crate::plain::Plain;
 use crate::process::threads;
-use crate::settled::{is_standby, pair, valid};
+use crate::settled::{epoch, pair, valid};
 use crate::site::{last_cpu, pin_host};
 use crate::takeover::converse;
 
@@ -51,6 +51,8 @@ struct Adoption {
     /// Mean of a flow, microseconds: a socket made and handed over; CPU of the shadow thread in all.
     made: f64,
     cpu: f64,
+    /// Memory of the agent for a flow, KiB: more at the end than before the first.
+    memory: f64,
     /// Longest gap of the 1 kHz echo between the first and the last, and in as long a time afterwards.
     gap: Duration,
     gap_after: Duration,
@@ -110,6 +112,10 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             "adoption: CPU of the shadow thread for a flow, asked, heard and moved",
             micros(median(&work(|o| o.cpu))),
         ),
+        Figure::told(
+            "adoption: more memory of the agent for a flow, at the end",
+            format!("{:.1} KiB", median(&work(|o| o.memory))),
+        ),
         Figure::at_most(
             "adoption of 10,000 idle flows, first to last",
             time(|o| o.last - o.first).0,
@@ -138,8 +144,9 @@ fn adoption() -> Result<Option<Adoption>> {
         ..LabOptions::default()
     })?;
     let pair = pair(&lab, &Settings::heartbeat("10ms", 3));
+    let begun = epoch(&pair.backup);
     let _clients = match converse(&lab, FLOWS) {
-        Err(_) if !is_standby(&pair.backup) => return Ok(None),
+        Err(_) if epoch(&pair.backup) != begun => return Ok(None),
         clients => clients?,
     };
     let pulse = Pulse::start(&lab)?;
@@ -150,12 +157,14 @@ fn adoption() -> Result<Option<Adoption>> {
     if status["state"] != "standby" {
         return Ok(None);
     }
+    let without = pair.backup.resident_kib()?;
     // Not killed: its kernel would then close its sockets on this machine's CPUs.
     let stopped = pair.primary.stop();
     let first = wait_adopted(&pair.backup, 1);
     let cpu_before = shadow_cpu(&pair.backup)?;
     let last = wait_adopted(&pair.backup, FLOWS + 1);
     let cpu = shadow_cpu(&pair.backup)? - cpu_before;
+    let with = pair.backup.resident_kib()?;
     let metrics = pair.backup.metrics();
     ensure!(adopted(&metrics, "failed") == 0.0, "some were refused");
     let took = last - first;
@@ -175,6 +184,7 @@ fn adoption() -> Result<Option<Adoption>> {
         last: last - stopped,
         made: sum * 1e6 / flows,
         cpu: cpu.as_secs_f64() * 1e6 / flows,
+        memory: with.saturating_sub(without) as f64 / flows,
         gap: gap(first, last)?,
         gap_after: gap(last, last + took)?,
     }))

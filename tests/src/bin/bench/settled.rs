@@ -27,6 +27,11 @@ pub fn is_standby(agent: &Agent) -> bool {
         .is_some_and(|status| status["state"] == "standby")
 }
 
+/// Rises whenever the VIP changes hands; `None` from an agent that does not answer.
+pub fn epoch(agent: &Agent) -> Option<u64> {
+    agent.status()?["epoch"].as_u64()
+}
+
 /// The outcome of the first run that is not void; `void` counts those that were.
 pub fn valid<T>(void: &mut usize, run: impl Fn() -> Result<Option<T>>) -> Result<T> {
     loop {
