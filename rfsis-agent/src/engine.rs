@@ -217,7 +217,8 @@ impl Engine {
             }
             self.take_held();
             let now = sys::monotonic();
-            if now >= self.flows.next_wakeup() {
+            let due = now >= self.flows.next_wakeup();
+            if due {
                 self.flows.poll(now, &mut self.effects);
                 self.flows.adopt_some(now, &mut self.effects, |numbers| {
                     if let Some(link) = &mut self.link {
@@ -226,6 +227,11 @@ impl Engine {
                 });
             }
             self.effects.settle();
+            if due {
+                // A turn may follow a turn without a pause: whoever waits for this CPU comes between them, not at the
+                // scheduler's next tick.
+                std::thread::yield_now();
+            }
             if let Some(link) = &mut self.link {
                 more |= link.run(&mut self.flows, &mut self.effects, &self.shared, now);
             }
