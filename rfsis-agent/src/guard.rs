@@ -18,6 +18,8 @@
 //! A release may race with the gate: it reads the confirmation, and holds an ACK just after this module
 //! has looked. So each flow is looked at once more, [`RECHECK`] later.
 
+mod effects;
+mod flow;
 mod half_open;
 mod late;
 #[cfg(test)]
@@ -28,14 +30,14 @@ mod time;
 use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
-use rfsis_common::ack_gate::{Confirmation, Guarded, Release, Sent, release};
-use rfsis_common::agree::Pending;
+use rfsis_common::ack_gate::{Confirmation, Release, Sent, release};
 use rfsis_common::frame::tcp_flags;
 use rfsis_common::maps::{Direction, FlowKey, HeldEvent};
-use rfsis_common::prompt::Delegated;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber, TcpTimestampRepr};
 
+pub use self::effects::GuardEffects;
+use self::flow::{Flow, Phase, Syn};
 use self::half_open::Handshakes;
 pub use self::opening::slots;
 use crate::collections::HashMap;
@@ -43,7 +45,7 @@ use crate::fault::faulty;
 use crate::heartbeat::Nanos;
 use crate::join::{Ended, Joins};
 use crate::lockstep::before;
-use crate::segment::{self, Options};
+use crate::segment;
 use crate::sync::{Confirm, Open, Record, Sack};
 use crate::wire::{bare_repr, emit_packet};
 
@@ -77,42 +79,6 @@ pub struct GuardConfig {
     pub idle_timeout: Nanos,
     /// The standby gets a copy of a SYN-ACK that is held: it is told of it only if it does not answer.
     pub copied: bool,
-}
-
-/// What the guard does to the world.
-pub trait GuardEffects {
-    /// Opens or closes the gate for what the standby has not confirmed.
-    fn set_guarding(&mut self, on: bool);
-    /// Starts a slot anew. Before the flow that gets it is published.
-    fn start(&mut self, slot: u32, sent: Sent) -> bool;
-    /// Tells the gate of a flow; false if there is no room.
-    fn publish(&mut self, flow: FlowKey, guarded: Guarded) -> bool;
-    /// Takes a flow from the gate.
-    fn withdraw(&mut self, flow: FlowKey);
-    /// Gives the gate a slot for a flow on which the kernels agree by themselves; false if it takes no more.
-    fn lend(&mut self, slot: u32) -> bool;
-    /// The SYN-ACK of this flow that the gate keeps, if it does.
-    fn kept(&mut self, flow: FlowKey) -> Option<Pending>;
-    /// Takes a held SYN-ACK from the gate, which would let it go when the kernels agree; false if it has done so.
-    fn claim(&mut self, flow: FlowKey) -> bool;
-    /// Writes what the standby holds, whatever stood there.
-    fn confirm(&mut self, slot: u32, confirmation: Confirmation) -> bool;
-    /// Adds what the standby holds to what the gate has taken by itself; gives all.
-    fn confirm_more(&mut self, slot: u32, confirmation: Confirmation) -> Confirmation;
-    /// What was written, and what the gate has taken by itself since.
-    fn confirmed(&mut self, slot: u32) -> Confirmation;
-    /// Lets the gate take confirmations of a flow by itself from now on, or no longer, by a value of zeros.
-    fn delegate(&mut self, slot: u32, delegated: Delegated) -> bool;
-    /// When it has last taken one, of whichever flow, ns.
-    fn prompted_at(&mut self) -> Nanos;
-    /// Reads what was sent; `None` while it is being written.
-    fn sent(&mut self, slot: u32) -> Option<Sent>;
-    /// Sends an IPv4 packet past the ACK gate.
-    fn send(&mut self, packet: &[u8]);
-    /// Whether a service has this connection: its client has completed the handshake.
-    fn runs(&mut self, flow: FlowKey) -> bool;
-    /// Asks for a snapshot of a running connection, for [`Guard::process_snapshot`].
-    fn take_snapshot(&mut self, flow: FlowKey, join: u32);
 }
 
 /// How well what passes the gate is protected.
@@ -150,113 +116,6 @@ pub struct GuardCensus {
     pub refused: u64,
     /// To be handed over to a standby that does not know them.
     pub joining: usize,
-}
-
-#[derive(Debug)]
-struct Syn {
-    isn: u32,
-    window: u16,
-    options: Options,
-}
-
-#[derive(Debug)]
-enum Phase {
-    Opening {
-        open: Box<Open>,
-        /// The SYN-ACK.
-        answer: Vec<u8>,
-        /// The gate has it, too, and lets it go when the kernels agree.
-        kept: bool,
-        since: Nanos,
-        pause: Nanos,
-        /// When the standby is to be told of it, or told again.
-        repeat_at: Nanos,
-    },
-    Guarded,
-    Exposed,
-    /// The gate lets out no more than is confirmed; the client may have been told of more before.
-    Closing {
-        until: Nanos,
-    },
-}
-
-#[derive(Debug)]
-struct Flow {
-    slot: u32,
-    /// By which both nodes tell this connection from others of the same ports. Of a flow that has joined
-    /// late it is a made-up one, see [`Snapshot::client_isn`](crate::sync::Snapshot::client_isn).
-    client_isn: u32,
-    active_isn: u32,
-    shift: u8,
-    sack_permitted: bool,
-    /// The kernel may have spoken before the gate knew of the flow, so that the client may have been told of
-    /// more than the gate has noted.
-    spoke_unseen: bool,
-    phase: Phase,
-    /// Of a guarded flow what the gate knew when it was looked at last; else what the standby said since. Never older than
-    /// that: numbers that lie 2 GiB apart cannot be compared.
-    confirmation: Confirmation,
-    recheck: Option<Nanos>,
-    /// How often it was closed in vain.
-    closed_in_vain: u8,
-    /// When the standby was heard of it, or asked for it.
-    known_at: Nanos,
-    /// What was confirmed when it was found to wait for more, and when that was.
-    stalled: Option<(u32, Nanos)>,
-    /// The kernel has said once that there is no such connection.
-    denied: bool,
-}
-
-impl Flow {
-    fn new(slot: u32, open: &Open, phase: Phase, now: Nanos) -> Self {
-        let scaled = open.client.window_scale.is_some();
-        Self {
-            slot,
-            client_isn: open.client_isn,
-            active_isn: open.active_isn,
-            // Counts only where both announced it (RFC 7323 section 2.2).
-            shift: open.active.window_scale.filter(|_| scaled).unwrap_or(0),
-            sack_permitted: open.client.sack_permitted && open.active.sack_permitted,
-            spoke_unseen: false,
-            phase,
-            confirmation: Confirmation::default(),
-            recheck: None,
-            closed_in_vain: 0,
-            known_at: now,
-            stalled: None,
-            denied: false,
-        }
-    }
-
-    /// Every byte of which its client is told is confirmed: what more is, the gate takes by itself.
-    fn protect(&mut self, fx: &mut impl GuardEffects) {
-        self.phase = Phase::Guarded;
-        self.closed_in_vain = 0;
-        fx.delegate(self.slot, Delegated::of(self.client_isn));
-    }
-
-    /// Learns what the gate has taken by itself.
-    fn catch_up(&mut self, fx: &mut impl GuardEffects) {
-        if matches!(self.phase, Phase::Guarded) {
-            self.confirmation = fx.confirmed(self.slot);
-        }
-    }
-
-    /// The gate passes all of it.
-    fn expose(&mut self, fx: &mut impl GuardEffects) {
-        fx.confirm(self.slot, Confirmation::OPEN);
-        fx.delegate(self.slot, Delegated::default());
-        self.confirmation = Confirmation::default();
-        self.phase = Phase::Exposed;
-    }
-
-    fn guarded(&self) -> Guarded {
-        Guarded {
-            slot: self.slot,
-            client_isn: self.client_isn,
-            shift: u32::from(self.shift),
-        }
-    }
 }
 
 /// Guards the flows of an active node.

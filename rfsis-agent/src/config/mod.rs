@@ -6,6 +6,7 @@
 mod error;
 mod fields;
 mod read;
+mod reader;
 #[cfg(test)]
 mod tests;
 mod yaml;

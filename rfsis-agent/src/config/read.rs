@@ -1,16 +1,16 @@
-//! Walks the tree of a config file and collects every error on the way.
+//! What the keys of a config file mean, and which values they take.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry as MapEntry;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::fields::{self, KeyFileError, MIN_KEY_BYTES};
-use super::yaml::{self, Entry, Node, Value};
+use super::reader::{Field, Reader, Section};
+use super::yaml::{self, Node, Value};
 use super::{
-    ClusterKey, Config, ConfigError, ConfigErrors, HeartbeatConfig, MirrorConfig, Protect,
-    Protocol, Service, ShadowConfig, SyncConfig, Tap,
+    ClusterKey, Config, ConfigErrors, HeartbeatConfig, MirrorConfig, Protect, Protocol, Service,
+    ShadowConfig, SyncConfig, Tap,
 };
 use crate::bpf::XdpMode;
 use crate::handler::HandlerKind;
@@ -22,7 +22,7 @@ const DEFAULT_STARTUP_GRACE: Duration = Duration::from_secs(3);
 const INTERFACE_EXPECTED: &str = "an interface name of 1 to 15 characters like eth0";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Reads the whole file. `None` from a reader method always comes with an error noted.
+/// Reads the whole file.
 pub(super) fn config(text: &str, file: &Path) -> Result<Config, ConfigErrors> {
     let tree = yaml::parse(text);
     let mut reader = Reader {
@@ -46,157 +46,7 @@ pub(super) fn config(text: &str, file: &Path) -> Result<Config, ConfigErrors> {
     }
 }
 
-struct Reader<'a> {
-    file: &'a Path,
-    errors: Vec<ConfigError>,
-}
-
-/// A map whose keys are known.
-struct Section<'a> {
-    /// `heartbeat`, `services[2]`; empty for the root.
-    path: String,
-    line: usize,
-    entries: &'a [Entry],
-}
-
-/// A value and the path to it.
-struct Field<'a> {
-    path: String,
-    node: &'a Node,
-}
-
-impl<'a> Section<'a> {
-    fn path_of(&self, key: &str) -> String {
-        if self.path.is_empty() {
-            key.to_owned()
-        } else {
-            format!("{}.{key}", self.path)
-        }
-    }
-
-    fn get(&self, key: &str) -> Option<Field<'a>> {
-        let entry = self.entries.iter().find(|entry| entry.key == key)?;
-        Some(Field {
-            path: self.path_of(key),
-            node: &entry.value,
-        })
-    }
-}
-
 impl<'a> Reader<'a> {
-    fn error(
-        &mut self,
-        line: usize,
-        field: impl Into<String>,
-        found: impl Into<String>,
-        expected: impl Into<String>,
-    ) {
-        self.errors.push(ConfigError {
-            file: self.file.to_owned(),
-            line: Some(line),
-            field: field.into(),
-            found: found.into(),
-            expected: expected.into(),
-        });
-    }
-
-    /// A value that is not what it should be.
-    fn mismatch(&mut self, field: &Field, expected: impl Into<String>) {
-        let found = match &field.node.value {
-            Value::Null => "nothing".to_owned(),
-            Value::Scalar(text) => format!("{text:?}"),
-            Value::List(_) => "a list".to_owned(),
-            Value::Map(_) => "a map".to_owned(),
-        };
-        self.error(field.node.line, &*field.path, found, expected);
-    }
-
-    fn missing(&mut self, section: &Section, key: &str, expected: impl Into<String>) {
-        self.error(section.line, section.path_of(key), "nothing", expected);
-    }
-
-    /// A map with these keys only, each at most once.
-    fn section(&mut self, field: Field<'a>, keys: &[&str]) -> Option<Section<'a>> {
-        let Value::Map(entries) = &field.node.value else {
-            self.mismatch(&field, format!("a map with the keys {}", keys.join(", ")));
-            return None;
-        };
-        let section = Section {
-            path: field.path,
-            line: field.node.line,
-            entries,
-        };
-        let mut first_lines: HashMap<&str, usize> = HashMap::new();
-        for entry in entries {
-            let path = section.path_of(&entry.key);
-            if !keys.contains(&entry.key.as_str()) {
-                let expected = match nearest(&entry.key, keys) {
-                    Some(key) => format!("\"{key}\""),
-                    None => format!("one of {}", keys.join(", ")),
-                };
-                self.error(entry.line, path, "an unknown key", expected);
-                continue;
-            }
-            match first_lines.entry(&entry.key) {
-                MapEntry::Occupied(first) => {
-                    let found = format!("the key a second time, after line {}", first.get());
-                    self.error(entry.line, path, found, "it once");
-                }
-                MapEntry::Vacant(free) => {
-                    free.insert(entry.line);
-                }
-            }
-        }
-        Some(section)
-    }
-
-    /// A scalar that `parse` understands.
-    fn value<T>(
-        &mut self,
-        field: &Field,
-        expected: &str,
-        parse: impl FnOnce(&str) -> Option<T>,
-    ) -> Option<T> {
-        let value = match &field.node.value {
-            Value::Scalar(text) => parse(text),
-            _ => None,
-        };
-        if value.is_none() {
-            self.mismatch(field, expected);
-        }
-        value
-    }
-
-    fn required<T>(
-        &mut self,
-        section: &Section<'a>,
-        key: &str,
-        expected: &str,
-        parse: impl FnOnce(&str) -> Option<T>,
-    ) -> Option<T> {
-        match section.get(key) {
-            Some(field) => self.value(&field, expected, parse),
-            None => {
-                self.missing(section, key, expected);
-                None
-            }
-        }
-    }
-
-    fn optional<T>(
-        &mut self,
-        section: &Section<'a>,
-        key: &str,
-        default: T,
-        expected: &str,
-        parse: impl FnOnce(&str) -> Option<T>,
-    ) -> Option<T> {
-        match section.get(key) {
-            Some(field) => self.value(&field, expected, parse),
-            None => Some(default),
-        }
-    }
-
     fn config(&mut self, root: &'a Node) -> Option<Config> {
         let root = Field {
             path: String::new(),
@@ -627,23 +477,6 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn unique<K: std::hash::Hash + Eq>(
-        &mut self,
-        seen: &mut HashMap<K, usize>,
-        key: K,
-        field: &Field,
-    ) {
-        match seen.entry(key) {
-            MapEntry::Occupied(first) => {
-                let expected = format!("one that is not taken (see line {})", first.get());
-                self.mismatch(field, expected);
-            }
-            MapEntry::Vacant(free) => {
-                free.insert(field.node.line);
-            }
-        }
-    }
-
     fn handler(&mut self, section: &Section<'a>) -> Option<HandlerKind> {
         let kinds = HandlerKind::ALL.map(HandlerKind::as_str).join(", ");
         match (section.get("handler"), section.get("upstream")) {
@@ -753,13 +586,4 @@ fn is_service_name(text: &str) -> bool {
         && text
             .bytes()
             .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
-}
-
-/// The key that was meant, if one is near enough for a slip of the hand.
-fn nearest<'k>(found: &str, keys: &[&'k str]) -> Option<&'k str> {
-    keys.iter()
-        .map(|key| (strsim::osa_distance(found, key), *key))
-        .min()
-        .filter(|(distance, key)| *distance <= 1 + key.len() / 4)
-        .map(|(_, key)| key)
 }
