@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rfsis_common::maps::State;
 
 use crate::bpf::GuardMaps;
+use crate::flows::Census;
 use crate::heartbeat::Nanos;
 use crate::metrics::{GuardCondition, Metrics};
 use crate::node::Event;
@@ -57,6 +58,27 @@ struct Record {
     since: Option<SystemTime>,
 }
 
+impl Record {
+    /// Notes how it is `now`, at the time `wall` of the calendar. Gives for how long the pair was not redundant since it was
+    /// looked at last.
+    fn note(&mut self, redundant: bool, now: Instant, wall: SystemTime) -> Duration {
+        let passed = now - std::mem::replace(&mut self.looked_at, now);
+        self.since = redundant.then(|| self.since.unwrap_or(wall));
+        if redundant { Duration::ZERO } else { passed }
+    }
+}
+
+/// Flows that the death of the active would cost, as a node knows them that is in `state`. `unguarded`: connections of its
+/// kernel that the ACK gate does not guard, and that it guards no more.
+fn flows_at_risk(state: State, census: &Census, unguarded: u64) -> u32 {
+    let flows = match state {
+        // With `protect: async` the kernel's connections that were adopted are all that is known.
+        State::Active => census.live as u64 + unguarded.max(census.unprotected as u64),
+        _ => (census.unprotected + census.lagging + census.diverged) as u64,
+    };
+    u32::try_from(flows).unwrap_or(u32::MAX)
+}
+
 impl Redundancy {
     /// Nothing is known yet.
     pub fn new(
@@ -88,17 +110,9 @@ impl Redundancy {
         if node.state == State::Active {
             self.list(afresh).await;
         }
-        let census = self.shared.census();
-        let flows = match node.state {
-            State::Active => {
-                let unguarded = self.unguarded.load(Ordering::Relaxed)
-                    + self.metrics.guarded_flows.get(GuardCondition::Exposed) as u64;
-                // With `protect: async` the kernel's connections that were adopted are all that is known.
-                census.live as u64 + unguarded.max(census.unprotected as u64)
-            }
-            _ => (census.unprotected + census.lagging + census.diverged) as u64,
-        };
-        let flows = u32::try_from(flows).unwrap_or(u32::MAX);
+        let unguarded = self.unguarded.load(Ordering::Relaxed)
+            + self.metrics.guarded_flows.get(GuardCondition::Exposed) as u64;
+        let flows = flows_at_risk(node.state, &self.shared.census(), unguarded);
         if self.shared.set_at_risk(flows) != flows {
             self.pulse.order(Event::AtRisk(flows));
         }
@@ -131,14 +145,10 @@ impl Redundancy {
 
     /// Notes whether the pair is redundant now: since when, and for how long it was not.
     pub fn note(&self, redundant: bool) {
-        let mut record = lock(&self.record);
-        let now = Instant::now();
-        let passed = now - record.looked_at;
-        record.looked_at = now;
-        record.since = redundant.then(|| record.since.unwrap_or_else(wall::now));
-        if !redundant {
-            self.metrics.without_redundancy.inc_by(passed.as_secs_f64());
-        }
+        let without = lock(&self.record).note(redundant, Instant::now(), wall::now());
+        self.metrics
+            .without_redundancy
+            .inc_by(without.as_secs_f64());
         self.metrics.redundant.set(i64::from(redundant));
     }
 
@@ -156,4 +166,62 @@ pub fn age(at: Nanos) -> Duration {
 /// The values are plain data: a thread that panicked while it held them left them whole.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each kind has a number of its own: a sum tells which were added.
+    const CENSUS: Census = Census {
+        handshake: 1,
+        lockstep: 2,
+        lagging: 4,
+        diverged: 8,
+        unprotected: 16,
+        live: 32,
+        lag_bytes: 64,
+        bytes: 128,
+    };
+
+    #[test]
+    fn a_standby_would_lose_what_it_lacks_bytes_of() {
+        for state in [State::Standby, State::TakingOver, State::Fenced] {
+            assert_eq!(flows_at_risk(state, &CENSUS, 1000), 4 + 8 + 16);
+        }
+    }
+
+    #[test]
+    fn an_active_would_lose_what_its_standby_never_heard_of() {
+        assert_eq!(flows_at_risk(State::Active, &CENSUS, 1000), 32 + 1000);
+        assert_eq!(flows_at_risk(State::Active, &CENSUS, 15), 32 + 16);
+        assert_eq!(
+            flows_at_risk(State::Active, &CENSUS, u64::MAX - 32),
+            u32::MAX
+        );
+    }
+
+    #[test]
+    fn redundancy_is_as_old_as_its_last_return_and_only_the_time_without_it_counts() {
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let wall = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut record = Record {
+            looked_at: begin,
+            since: None,
+        };
+        let mut without = Duration::ZERO;
+        let looks = [
+            (1, false, None),
+            (3, true, Some(3)),
+            (7, true, Some(3)),
+            (12, false, None),
+            (20, true, Some(20)),
+        ];
+        for (second, redundant, since) in looks {
+            without += record.note(redundant, at(second), wall(second));
+            assert_eq!(record.since, since.map(wall), "at {second} s");
+        }
+        assert_eq!(without, Duration::from_secs(1 + 5));
+    }
 }
