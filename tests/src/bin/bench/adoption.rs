@@ -23,9 +23,8 @@ use crate::takeover::converse;
 
 /// Idle flows at the death.
 const FLOWS: usize = 10_000;
-/// Above this a median says no more; speeds differ more from one round to the next.
-const RUNS_MOST: usize = 5;
-const ROUNDS_MOST: usize = 10;
+/// Above this a median says no more.
+const RUNS_MOST: usize = 10;
 /// The agent's thread that runs shadows and moves them.
 const SHADOW_THREAD: &str = "rfsis-shadows";
 /// Echoes before the death, and after the last adoption.
@@ -59,7 +58,6 @@ struct Adoption {
 }
 
 pub fn measure(runs: usize) -> Result<Vec<Figure>> {
-    let rounds = runs.min(ROUNDS_MOST);
     let runs = runs.min(RUNS_MOST);
     println!(
         "### Adoption of {FLOWS} idle flows and one at 1 kHz by the kernel, median (greatest) of {runs} \
@@ -133,7 +131,7 @@ pub fn measure(runs: usize) -> Result<Vec<Figure>> {
             millis(time(|o| o.gap_after).0),
         ),
     ];
-    figures.extend(speeds(rounds)?);
+    figures.extend(speeds(runs)?);
     Ok(figures)
 }
 
