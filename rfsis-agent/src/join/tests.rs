@@ -10,6 +10,15 @@ fn offer(flow: FlowKey, join: u32) -> Option<Record> {
     }))
 }
 
+/// Polls; the number of the only one that is offered.
+fn the_offer(joins: &mut Joins, now: Nanos, records: &mut Vec<Record>) -> u32 {
+    joins.poll(now, offer, records);
+    let [Record::Offer(Offer { join, .. })] = records[..] else {
+        panic!("{records:?}");
+    };
+    join
+}
+
 fn flow(port: usize) -> FlowKey {
     FlowKey {
         client_addr: 1,
@@ -186,10 +195,7 @@ fn what_the_standby_has_lost_is_offered_again_without_waiting_for_its_silence() 
     let mut joins = Joins::default();
     let mut records = vec![];
     joins.want(flow(1), 0);
-    joins.poll(0, offer, &mut records);
-    let [Record::Offer(Offer { join, .. })] = records[..] else {
-        panic!("{records:?}");
-    };
+    let join = the_offer(&mut joins, 0, &mut records);
     assert!(joins.process_got(flow(1), join, 0, 0));
     joins.process_snapshot(flow(1), join, Some(vec![1; 500]), 0);
     joins.poll(0, offer, &mut records);
@@ -199,11 +205,7 @@ fn what_the_standby_has_lost_is_offered_again_without_waiting_for_its_silence() 
     let again = joins.next_wakeup();
     assert!(again < PATIENCE / 2, "{again} ns");
     records.clear();
-    joins.poll(again, offer, &mut records);
-    let [Record::Offer(Offer { join: next, .. })] = records[..] else {
-        panic!("{records:?}");
-    };
-    assert_ne!(next, join);
+    assert_ne!(the_offer(&mut joins, again, &mut records), join);
 }
 
 #[test]
@@ -211,10 +213,7 @@ fn what_answers_another_join_or_goes_back_or_too_far_is_ignored() {
     let mut joins = Joins::default();
     let mut records = vec![];
     joins.want(flow(1), 0);
-    joins.poll(0, offer, &mut records);
-    let [Record::Offer(Offer { join, .. })] = records[..] else {
-        panic!("{records:?}");
-    };
+    let join = the_offer(&mut joins, 0, &mut records);
     assert!(!joins.process_got(flow(1), join + 1, 0, 0));
     assert!(!joins.process_got(flow(2), join, 0, 0));
     joins.process_decline(flow(1), join + 1, 0);

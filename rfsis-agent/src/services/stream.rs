@@ -200,8 +200,8 @@ async fn exchange(
                 (Some(one), None) | (None, Some(one)) => one,
                 (None, None) => return Err(io::Error::other("the handler waits for nothing")),
             };
-            // One that only pauses would get its memory anew each time, and the kernel clear it. Of thousands that are
-            // adopted together most have nothing to do: the next takes the memory that one has had.
+            // One that only pauses would get its memory anew each time, and the kernel clear it. One that has not begun
+            // gives it back at once: where thousands are adopted together the next takes it.
             if begun {
                 let rest = tokio::time::timeout(REST, ready(stream, interest, asked));
                 if let Ok(ready) = rest.await {
