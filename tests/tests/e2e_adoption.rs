@@ -84,6 +84,37 @@ fn idle_connections_are_adopted(wiring: Wiring) {
     trace.no_byte_from_vip_changed().unwrap();
 }
 
+/// Segments that the client's kernel has sent again.
+fn repeated(lab: &Lab) -> u64 {
+    let counters = lab.client().sh("nstat -asz TcpRetransSegs").unwrap();
+    let line = counters
+        .lines()
+        .find_map(|l| l.strip_prefix("TcpRetransSegs"));
+    let value = line.unwrap().split_whitespace().next();
+    value.unwrap().parse().unwrap()
+}
+
+/// Nobody has said anything yet, but for the handshake: what that promised the client counts in the kernel, too.
+fn connections_that_were_silent_so_far_are_adopted_and_hear_the_first_answer(wiring: Wiring) {
+    const COUNT: usize = 100;
+    let lab = wiring.lab();
+    // Repeated would be what was lost, not what was late.
+    let route = format!("ip route add {VIP}/32 dev eth0 rto_min 20s");
+    lab.client().sh(&route).unwrap();
+    let pair = Pair::start(&lab, &wiring.settings());
+    let streams: Vec<_> = (0..COUNT)
+        .map(|_| connect(&lab, port::ECHO).unwrap())
+        .collect();
+    pair.backup.wait_flows("lockstep", COUNT as u64);
+    pair.primary_dies(&lab, Death::Stop);
+    wait_adopted(&lab, &pair.backup, COUNT);
+    let before = repeated(&lab);
+    for (stream, seed) in streams.iter().zip(1..) {
+        echoes(stream, seed);
+    }
+    assert_eq!(repeated(&lab), before);
+}
+
 /// Asks and waits for the answer, again and again, about 1,000 times a second.
 fn converse(stream: &TcpStream, stop: &AtomicBool, seed: u64) {
     for turn in 0.. {
@@ -454,6 +485,8 @@ fn what_an_agent_left_that_was_killed_while_it_adopted_does_not_keep_the_next_fr
 
 on_each_wiring! { [lan: Lan, mirror: Mirror, mirror_offloaded: MirrorOffloaded] {
     idle_connections_are_adopted => super::idle_connections_are_adopted;
+    connections_that_were_silent_so_far_are_adopted_and_hear_the_first_answer =>
+        super::connections_that_were_silent_so_far_are_adopted_and_hear_the_first_answer;
     conversations_are_adopted_between_two_words => super::conversations_are_adopted_between_two_words;
     a_download_is_adopted => |wiring| bulk_is_adopted(wiring, port::CHARGEN);
     an_upload_is_adopted => |wiring| bulk_is_adopted(wiring, port::DISCARD);

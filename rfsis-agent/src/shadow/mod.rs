@@ -391,8 +391,8 @@ impl Shadow {
             active_ack: first,
             active_next: handshake.active_isn.wrapping_add(1),
             sent_next: handshake.active_isn.wrapping_add(1),
-            active_edge: first,
-            // No kernel opens with a small one.
+            // No kernel opens with a small window, and none with one that is larger: in a SYN-ACK it is not scaled.
+            active_edge: first.wrapping_add(BUFFER as u32),
             active_window: BUFFER as u32,
             clock: handshake
                 .active

@@ -614,6 +614,24 @@ fn a_flow_is_adopted_only_after_its_client_was_heard_once_all_has_settled() {
     assert_eq!(unfinished.input, b"");
 }
 
+/// A kernel socket that had promised nothing would drop the first word, for its client to say again.
+#[test]
+fn a_client_that_has_heard_of_a_window_only_in_the_handshake_is_kept_to_have_been_promised_it() {
+    let mut hand = Hand::open(ECHO);
+    hand.world.adopts = true;
+    hand.live();
+    hand.poll(hand.now);
+    hand.now += 300 * MS;
+    hand.poll(hand.now);
+    hand.now += MS;
+    hand.poll(hand.now);
+    hand.client(1, TcpControl::None, b"", Some(1));
+    hand.now += 100 * MS;
+    hand.poll(hand.now);
+    let (numbers, _) = &hand.world.adopted[0];
+    assert!(numbers.rcv_wnd >= 60_000, "{numbers:?}");
+}
+
 #[test]
 fn what_came_while_the_handler_rested_is_its_input_in_the_kernel() {
     let mut hand = Hand::open(ECHO);
