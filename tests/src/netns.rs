@@ -137,7 +137,13 @@ impl Namespace {
 }
 
 impl Drop for Namespace {
+    /// With all its TCP connections: what dead programs leave open keeps a namespace, and its kernel repeats each FIN
+    /// to nobody for minutes. Of 10,000 that were closed together the timers expire together, and whatever runs next
+    /// finds a CPU stopped by them for 10 to 40 ms.
     fn drop(&mut self) {
+        if let Err(error) = self.sh("ss --no-header --tcp --all --kill") {
+            eprintln!("connections stay in a namespace: {error:#}");
+        }
         drop(self.jobs.take());
         if let Some(keeper) = self.keeper.take() {
             keeper.join().ok();
@@ -193,6 +199,7 @@ fn enter() -> Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
     fn a_namespace_sees_only_its_own_devices_and_run_directory() {
@@ -218,5 +225,31 @@ mod tests {
         drop(namespace);
         let status = child.wait().unwrap();
         assert!(!status.success(), "killed, not finished: {status}");
+    }
+
+    #[test]
+    fn a_connection_that_nobody_owns_goes_with_its_namespace() {
+        let namespace = Namespace::new().unwrap();
+        namespace.sh("ip link set lo up").unwrap();
+        let ends = namespace.run(|| {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (client, listener.accept().unwrap().0)
+        });
+        namespace.sh("ip link set lo down").unwrap();
+        drop(ends);
+        let network = File::open(namespace.path()).unwrap();
+        let connections = || {
+            std::thread::scope(|scope| {
+                let table = scope.spawn(|| {
+                    setns(&network, CloneFlags::CLONE_NEWNET).unwrap();
+                    std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap()
+                });
+                table.join().unwrap().lines().skip(1).count()
+            })
+        };
+        assert_eq!(connections(), 2);
+        drop(namespace);
+        assert_eq!(connections(), 0);
     }
 }
