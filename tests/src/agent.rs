@@ -392,6 +392,17 @@ impl Agent {
         self.wait_status(&format!("state {state}"), |status| status["state"] == state)
     }
 
+    /// Waits until it is active, and tells of the failover: the state is told at once, the story a moment later.
+    ///
+    /// # Panics
+    /// When that never comes.
+    #[track_caller]
+    pub fn wait_failover(&self) -> Value {
+        self.wait_status("active after a failover", |status| {
+            status["state"] == "active" && !status["last_failover"].is_null()
+        })
+    }
+
     /// Waits until so many of its flows are in this condition: `lockstep`, `live`, …
     ///
     /// # Panics

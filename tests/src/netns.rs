@@ -134,6 +134,21 @@ impl Namespace {
         self.run(|| std::fs::write(format!("/proc/sys/net/{key}"), value))
             .with_context(|| format!("net/{key} = {value}"))
     }
+
+    /// Segments that its TCP has sent again (RetransSegs of RFC 4022).
+    ///
+    /// # Errors
+    /// When the kernel does not count them.
+    pub fn repeated(&self) -> Result<u64> {
+        let table = self.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))?;
+        let mut lines = table.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+        let (names, values) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
+        let mut fields = names.split(' ').zip(values.split(' '));
+        let (_, value) = fields
+            .find(|(name, _)| *name == "RetransSegs")
+            .context("no RetransSegs in /proc/net/snmp")?;
+        Ok(value.parse()?)
+    }
 }
 
 impl Drop for Namespace {

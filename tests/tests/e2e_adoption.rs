@@ -84,16 +84,6 @@ fn idle_connections_are_adopted(wiring: Wiring) {
     trace.no_byte_from_vip_changed().unwrap();
 }
 
-/// Segments that the client's kernel has sent again.
-fn repeated(lab: &Lab) -> u64 {
-    let counters = lab.client().sh("nstat -asz TcpRetransSegs").unwrap();
-    let line = counters
-        .lines()
-        .find_map(|l| l.strip_prefix("TcpRetransSegs"));
-    let value = line.unwrap().split_whitespace().next();
-    value.unwrap().parse().unwrap()
-}
-
 /// Nobody has said anything yet, but for the handshake: what that promised the client counts in the kernel, too.
 fn connections_that_were_silent_so_far_are_adopted_and_hear_the_first_answer(wiring: Wiring) {
     const COUNT: usize = 100;
@@ -108,11 +98,11 @@ fn connections_that_were_silent_so_far_are_adopted_and_hear_the_first_answer(wir
     pair.backup.wait_flows("lockstep", COUNT as u64);
     pair.primary_dies(&lab, Death::Stop);
     wait_adopted(&lab, &pair.backup, COUNT);
-    let before = repeated(&lab);
+    let before = lab.client().repeated().unwrap();
     for (stream, seed) in streams.iter().zip(1..) {
         echoes(stream, seed);
     }
-    assert_eq!(repeated(&lab), before);
+    assert_eq!(lab.client().repeated().unwrap(), before);
 }
 
 /// Asks and waits for the answer, again and again, about 1,000 times a second.

@@ -112,7 +112,7 @@ fn status_and_metrics_tell_the_story_of_a_takeover(wiring: Wiring) {
 
     pair.primary_dies(&lab, Death::Kill9);
     nc.echoes("after");
-    let after = pair.wait_takeover();
+    let after = pair.backup.wait_failover();
     assert_eq!(after["failovers"], 1);
     assert!(
         after["epoch"].as_u64() > before["epoch"].as_u64(),

@@ -441,13 +441,7 @@ fn a_primary_that_preempts_gets_the_vip_back_without_loss(wiring: Wiring) {
         .wait_status("ready", |status| status["ready"] == true);
     let mut nc = Typist::tcp(&lab, port::ECHO);
     nc.echoes("on the backup");
-    pair.primary.wait_state("active");
-    // The state is told at once, the story a moment later.
-    let status = pair
-        .primary
-        .wait_status("a failover in the history", |status| {
-            !status["last_failover"].is_null()
-        });
+    let status = pair.primary.wait_failover();
     assert_eq!(status["last_failover"]["reason"], "switchover", "{status}");
     nc.echoes("on the primary");
     pair.backup.wait_state("standby");

@@ -1,5 +1,6 @@
 //! Live shadows become kernel sockets, and nobody notices.
 
+use super::hand::Hand;
 use super::*;
 
 /// A lab whose kernel adopts.
@@ -230,4 +231,82 @@ fn history(seed: u64) -> usize {
         assert!(!conn.reset, "{conn:?} was reset: {report:?}");
     }
     lab.adoptions()
+}
+
+/// A flow whose client has said nothing before the takeover, when all of the old active's must have arrived.
+fn quiet() -> Hand {
+    let mut hand = Hand::open(ECHO);
+    hand.world.adopts = true;
+    hand.live();
+    hand.poll(hand.now);
+    hand.now += 300 * MS;
+    hand
+}
+
+/// An acknowledgement from before all that the old active sent has arrived says too little.
+#[test]
+fn a_flow_is_adopted_only_after_its_client_was_heard_once_all_has_settled() {
+    let mut hand = Hand::open(ECHO);
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.world.adopts = true;
+    hand.live();
+    hand.client(4, TcpControl::None, b"", Some(4));
+    hand.said();
+    hand.poll(hand.now);
+    hand.now += 300 * MS;
+    hand.poll(hand.now);
+    hand.poll(hand.now);
+    assert_eq!(hand.world.adopted.len(), 0);
+    hand.now += MS;
+    hand.poll(hand.now);
+    assert_eq!(hand.said(), [(3, "", 0, 4)], "the client is asked");
+    hand.client(4, TcpControl::None, b"", Some(4));
+    hand.now += 100 * MS;
+    hand.poll(hand.now);
+    let (_, unfinished) = &hand.world.adopted[0];
+    assert_eq!(unfinished.input, b"");
+}
+
+/// A kernel socket that had promised nothing would drop the first word, for its client to say again.
+#[test]
+fn a_client_that_has_heard_of_a_window_only_in_the_handshake_is_kept_to_have_been_promised_it() {
+    let mut hand = quiet();
+    hand.poll(hand.now);
+    hand.now += MS;
+    hand.poll(hand.now);
+    hand.client(1, TcpControl::None, b"", Some(1));
+    hand.now += 100 * MS;
+    hand.poll(hand.now);
+    let (numbers, _) = &hand.world.adopted[0];
+    assert!(numbers.rcv_wnd >= 60_000, "{numbers:?}");
+}
+
+#[test]
+fn what_came_while_the_handler_rested_is_its_input_in_the_kernel() {
+    let mut hand = quiet();
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    assert_eq!(hand.said(), [(1, "", 3, 4)]);
+    hand.poll(hand.now);
+    assert_eq!(hand.world.adopted.len(), 0, "the handler rests");
+    hand.client(4, TcpControl::Psh, b"def", Some(4));
+    hand.poll(hand.now);
+    assert_eq!(hand.world.adopted[0].1.input, b"def");
+}
+
+#[test]
+fn a_handler_does_not_rest_for_a_client_that_acknowledges_nothing() {
+    let mut hand = quiet();
+    hand.client(1, TcpControl::Psh, b"abc", Some(1));
+    hand.poll(hand.now);
+    hand.said();
+    hand.client(4, TcpControl::Psh, b"def", Some(1));
+    let said = |hand: &mut Hand| {
+        let said = hand.said();
+        said.iter()
+            .any(|(seq, _, len, _)| *len > 0 && *seq as usize + *len > 4)
+    };
+    assert!(!said(&mut hand), "it rests");
+    hand.now += 110 * MS;
+    hand.poll(hand.now);
+    assert!(said(&mut hand), "it goes on");
 }

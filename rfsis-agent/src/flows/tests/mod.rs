@@ -10,6 +10,7 @@ mod adoption;
 mod agreed;
 mod by_hand;
 mod guarded;
+mod hand;
 mod histories;
 mod late;
 mod opening;

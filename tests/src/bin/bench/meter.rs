@@ -7,7 +7,6 @@ use anyhow::{Context, Result};
 use tests::Agent;
 use tests::lab::SYNC_INTERFACE;
 use tests::metrics::Metrics;
-use tests::netns::Namespace;
 use tests::report::median;
 
 use crate::process::{Machine, threads};
@@ -72,8 +71,8 @@ impl Reading {
         }
         Ok(Self {
             at: Instant::now(),
-            client_repeats: repeats(site.lab.client())?,
-            server_repeats: repeats(site.lab.host(site.server_host()))?,
+            client_repeats: site.lab.client().repeated()?,
+            server_repeats: site.lab.host(site.server_host()).repeated()?,
             active: metrics(site.active()),
             standby: metrics(site.standby()),
             lost_on_cable: lost_on_cable(site)?,
@@ -135,18 +134,6 @@ fn lost_on_cable(site: &Site) -> Result<u64> {
 /// One column of many usages, as its median.
 pub fn typical(usages: &[&Usage], of: impl Fn(&Usage) -> f64) -> f64 {
     median(&usages.iter().map(|usage| of(usage)).collect::<Vec<_>>())
-}
-
-/// TcpRetransSegs of a namespace.
-fn repeats(namespace: &Namespace) -> Result<u64> {
-    let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))?;
-    let mut lines = table.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-    let (names, values) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
-    let mut fields = names.split(' ').zip(values.split(' '));
-    let (_, value) = fields
-        .find(|(name, _)| *name == "RetransSegs")
-        .context("no RetransSegs in /proc/net/snmp")?;
-    Ok(value.parse()?)
 }
 
 /// Threads that use less of a core are not listed.
