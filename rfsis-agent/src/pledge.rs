@@ -8,12 +8,13 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rfsis_common::ack_gate::Confirmation;
 use rfsis_common::maps::FlowKey;
 use rfsis_common::pledge::{HELD, Held, PLEDGES_MAX, Pledged, ROOM, Room, TOLD, WORDS};
 
 use crate::collections::HashMap;
 use crate::flows::{Effects, Flows};
-use crate::lockstep::{before, distance};
+use crate::lockstep::{before, distance, later};
 use crate::sync::Confirm;
 
 /// Bytes that a client has sent before its flow gets a pledge: those of short connections are not worth the system calls.
@@ -98,14 +99,21 @@ impl Pledge {
             }
         }
         let next = Held::from_word(found).next();
-        let told_edge = told.load(order) as u32;
-        let is_said = !before(next, confirm.ack);
+        let said = Confirmation::from_word(told.load(order));
+        // The programs leave some of it to the agent.
+        let is_said = !before(said.ack(), confirm.ack);
         // A client that repeats itself, or only asks, was perhaps not told.
         let is_news = before(self.known, confirm.ack) && !self.asked;
         // Else it would soon wait for more room.
-        let has_room = 2 * distance(next, told_edge) >= distance(confirm.ack, confirm.edge);
+        let has_room = 2 * distance(next, said.edge()) >= distance(confirm.ack, confirm.edge);
+        let is_all = is_said && is_news && has_room;
+        if !is_all {
+            let now = Confirmation::new(later(said.ack(), confirm.ack), confirm.edge);
+            // Fails where the programs have just said more.
+            let _ = told.compare_exchange(said.word(), now.word(), order, order);
+        }
         (self.known, self.asked) = (confirm.ack, false);
-        is_said && is_news && has_room
+        is_all
     }
 }
 
@@ -197,7 +205,8 @@ impl Pledges {
         pledge
             .word(ROOM)?
             .store(Room::new(confirm.ack, confirm.edge).word(), order);
-        pledge.word(TOLD)?.store(confirm.edge.into(), order);
+        let told = Confirmation::new(confirm.ack, confirm.edge);
+        pledge.word(TOLD)?.store(told.word(), order);
         if !fx.pledge(confirm.flow, pledged) {
             self.spare.push(slot);
             return None;
@@ -410,9 +419,31 @@ mod tests {
         standby.takes(FIRST + 3, b"def");
         // As if the kernel had told less.
         let told = standby.maps.pledges.get(TOLD).unwrap();
-        let near = told.load(Ordering::SeqCst) - (1 << 20) - 100;
-        told.store(near, Ordering::SeqCst);
+        let said = Confirmation::from_word(told.load(Ordering::SeqCst));
+        let near = Confirmation::new(said.ack(), said.edge() - (1 << 20) - 100);
+        told.store(near.word(), Ordering::SeqCst);
         assert_eq!(acks(&standby.says()), [FIRST + 6], "room");
+    }
+
+    #[test]
+    fn what_the_kernel_leaves_the_agent_says_and_the_kernel_goes_on_from_there() {
+        const LONG: usize = 40_000;
+        let bytes = vec![7; LONG];
+        let mut standby = Standby::new(0);
+        standby.says();
+        let mut seq = FIRST;
+        let mut next = |standby: &mut Standby, is_due| {
+            assert_eq!(standby.confirms(seq, LONG), is_due);
+            standby.takes(seq, &bytes);
+            seq += LONG as u32;
+        };
+        next(&mut standby, true);
+        assert_eq!(standby.says(), []);
+        next(&mut standby, false);
+        assert_eq!(acks(&standby.says()), [FIRST + 2 * LONG as u32]);
+        next(&mut standby, false);
+        next(&mut standby, true);
+        assert_eq!(standby.says(), [], "all said when the agent reads both");
     }
 
     #[test]

@@ -14,6 +14,10 @@
 //! whose checksum a device has still to finish, as in every super-frame. That one is of this host, or of a card that has verified
 //! what it put together (`tcp_gro_complete`, net/ipv4/tcp_offload.c); others the agent verifies, and confirms.
 //!
+//! Of super-frames that follow each other closely every second one is confirmed, as TCP acknowledges every second segment
+//! (RFC 9293 section 3.8.6.3): each datagram, and the ACK that it lets go, cost both nodes and the client. Of the last one, if it
+//! was not, the agent tells when it reads it.
+//!
 //! Pure functions, called by the programs, by the agent and by the simulation.
 
 use crate::ack_gate::Confirmation;
@@ -41,18 +45,22 @@ pub struct Pledge {
     pub held: Held,
     /// How much of it may be.
     pub room: Room,
-    /// The right edge that the programs told last.
-    pub told: u64,
+    /// What the active was told last.
+    pub told: Confirmation,
+    /// When the programs took a segment last, ns, CLOCK_MONOTONIC. Theirs alone.
+    pub taken_ns: u64,
 }
 
 /// Words of a [`Pledge`], by their places.
-pub const WORDS: usize = 3;
+pub const WORDS: usize = 4;
 /// See [`Pledge::held`].
 pub const HELD: usize = 0;
 /// See [`Pledge::room`].
 pub const ROOM: usize = 1;
 /// See [`Pledge::told`].
 pub const TOLD: usize = 2;
+/// See [`Pledge::taken_ns`].
+pub const TAKEN: usize = 3;
 
 /// See [`Pledge::held`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,6 +159,20 @@ pub const fn grown(pledged: Pledged, held: Held, room: Room, tcp: &TcpPart) -> O
     } else {
         None
     }
+}
+
+/// Bytes of a segment that more of the same are likely to follow.
+const LONG: u32 = 32 * 1024;
+/// Unless a pause comes before it, ns.
+const PAUSE_NS: u64 = 60_000;
+/// What of long ones may be left to be told, bytes. A super-frame of usual Ethernet has 65,160: every second one.
+const UNTOLD: u32 = 64 * 1024;
+
+/// Whether the active is to be told of a segment at once, which came so long after another, ns. `told` as it was told last.
+#[inline(always)]
+pub const fn is_due(held: Held, told: Confirmation, tcp: &TcpPart, since_ns: u64) -> bool {
+    let untold = held.next().wrapping_sub(told.ack());
+    tcp.payload < LONG || since_ns > PAUSE_NS || untold > UNTOLD
 }
 
 /// What the active is told then.
@@ -279,6 +301,34 @@ mod tests {
             ..segment(1, 1)
         };
         assert!(!is_plain(&short));
+    }
+
+    /// Which segments are told at once: of so many bytes, and so many microseconds after the one before.
+    fn due<const N: usize>(segments: [(u64, u32); N]) -> [bool; N] {
+        let first = ISN.wrapping_add(1);
+        let (mut held, mut told) = (Held::new(ISN, first), Confirmation::new(first, 0));
+        segments.map(|(after, len)| {
+            let tcp = segment(held.next(), len);
+            held = Held::new(ISN, held.next().wrapping_add(len));
+            let is_due = is_due(held, told, &tcp, after * 1000);
+            if is_due {
+                told = Confirmation::new(held.next(), 0);
+            }
+            is_due
+        })
+    }
+
+    #[test]
+    fn of_long_segments_that_follow_each_other_closely_every_second_is_told_at_once() {
+        const FULL: u32 = 65_160;
+        let stream = [(1000, FULL), (40, FULL), (40, FULL), (0, FULL), (60, FULL)];
+        assert_eq!(due(stream), [true, false, true, false, true]);
+        assert_eq!(due([(1000, FULL), (61, FULL)]), [true; 2], "a pause");
+        let mixed = [(1000, 1), (0, LONG - 1), (0, FULL), (0, 1), (0, LONG)];
+        assert_eq!(due(mixed), [true, true, false, true, false]);
+        // As many bytes of shorter ones.
+        let halves = [(1000, LONG), (0, LONG), (0, LONG), (0, LONG), (0, LONG)];
+        assert_eq!(due(halves), [true, false, false, true, false]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use aya_ebpf::programs::TcContext;
 use core::ptr::{read_volatile, write_volatile};
 use rfsis_common::frame::{Classified, TcpPart};
-use rfsis_common::pledge::{Headers, confirmation, grown, is_sound};
+use rfsis_common::pledge::{Headers, confirmation, grown, is_due, is_sound};
 use rfsis_common::prompt::{One, seal};
 
 use crate::agree::{peer, reply};
@@ -48,10 +48,12 @@ pub fn confirm(ctx: &TcContext, class: &Classified, tcp: &TcpPart, now_ns: u64) 
     }
     // SAFETY: the pointer is to an element of the array, words that the agent, or a program on another CPU, may be
     // writing: volatile, so that each is read once.
-    let (held, room) = unsafe {
+    let (held, room, told, taken_ns) = unsafe {
         (
             read_volatile(&raw const (*pledge).held),
             read_volatile(&raw const (*pledge).room),
+            read_volatile(&raw const (*pledge).told),
+            read_volatile(&raw const (*pledge).taken_ns),
         )
     };
     let now_held = grown(pledged, held, room, tcp)?;
@@ -64,9 +66,14 @@ pub fn confirm(ctx: &TcContext, class: &Classified, tcp: &TcpPart, now_ns: u64) 
         // The agent has just dropped it, or moved it forward: it tells.
         return None;
     }
-    let record = confirmation(now_held, room, tcp);
     // SAFETY: as above; of two CPUs' words either will do.
-    unsafe { write_volatile(&raw mut (*pledge).told, u64::from(room.edge())) };
+    unsafe { write_volatile(&raw mut (*pledge).taken_ns, now_ns) };
+    if !is_due(now_held, told, tcp, now_ns.saturating_sub(taken_ns)) {
+        return None;
+    }
+    let record = confirmation(now_held, room, tcp);
+    // SAFETY: as above.
+    unsafe { write_volatile(&raw mut (*pledge).told, record.confirmation) };
     let sequence = next_sequence()?;
     // SAFETY: the pointer is to the array's only element, which the agent may be writing: under half of a key nothing counts.
     let key = unsafe { read_volatile(&raw const (*peer).prompting) };

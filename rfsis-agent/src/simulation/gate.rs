@@ -10,7 +10,7 @@ use rfsis_common::agree::Pending;
 use rfsis_common::frame::{TcpPart, tcp_flags};
 use rfsis_common::mirror::{HELD_URGENT, URGENT_OFFSET};
 use rfsis_common::options::is_told;
-use rfsis_common::pledge::{self, Held, Pledged, Room, confirmation, grown, is_plain};
+use rfsis_common::pledge::{self, Held, Pledged, Room, confirmation, grown, is_due, is_plain};
 use rfsis_common::prompt::{
     Delegated, PromptPeer, PromptSeen, acknowledgement, seal as prompt_seal,
 };
@@ -112,13 +112,19 @@ impl Maps {
                 .get(pledged.slot as usize * pledge::WORDS + place)
         };
         let (held, told) = (word(pledge::HELD)?, word(pledge::TOLD)?);
+        let taken = word(pledge::TAKEN)?;
         let order = Ordering::SeqCst;
         let room = Room::from_word(word(pledge::ROOM)?.load(order));
         let grown = grown(pledged, Held::from_word(held.load(order)), room, tcp)?;
         held.store(grown.word(), order);
-        told.store(room.edge().into(), order);
-        let sequence = self.prompted.get(0)?.fetch_add(1, order) + 1;
+        let since = now - taken.swap(now, order);
+        let last = Confirmation::from_word(told.load(order));
+        if !is_due(grown, last, tcp, since) {
+            return None;
+        }
         let record = confirmation(grown, room, tcp);
+        told.store(record.confirmation.word(), order);
+        let sequence = self.prompted.get(0)?.fetch_add(1, order) + 1;
         let words = prompt_seal(&record, sequence, false, self.agreement.peer.prompting);
         Some(words.into_iter().flat_map(u64::to_ne_bytes).collect())
     }

@@ -6,14 +6,15 @@ use aya::maps::{MapData, RingBuf};
 use rfsis_agent::bpf::XdpMode;
 use rfsis_agent::pledge::Words;
 use rfsis_agent::sync::{Confirm, Sack};
+use rfsis_common::ack_gate::Confirmation;
 use rfsis_common::frame::tcp_flags::{ACK, ECE, FIN, RST, SYN, URG};
 use rfsis_common::maps::{FrameHeader, MirrorPeer, Promise, State};
-use rfsis_common::pledge::{HELD, Held, Pledged, ROOM, Room, TOLD, WORDS};
+use rfsis_common::pledge::{HELD, Held, Pledged, ROOM, Room, TAKEN, TOLD, WORDS};
 use rfsis_common::prompt::PromptSeen;
 
 use crate::agree::{ACTIVE_MAC, Node, peers, standby};
 use crate::frames::{FLOW, OWN, OWN_MAC, with, with_ip_options};
-use crate::host::{in_namespace, index_of, receive, set_state, transmit};
+use crate::host::{in_namespace, index_of, receive, run, set_state, transmit};
 use crate::prompt::{PEER, QUIET};
 use crate::segments::{FIRST, FIRST_EDGE, Segment, folded, pseudo_header, pure};
 
@@ -115,11 +116,43 @@ fn what_follows_what_is_held_is_confirmed_when_it_is_in_the_ring() {
             assert_eq!(now.highest, number as u64 + 1);
             assert_eq!(frame[47], 1, "a device has still to finish a checksum");
             assert_eq!(standby.held(), Held::new(ISN, ack));
-            assert_eq!(standby.read(TOLD), u64::from(FIRST_EDGE));
+            let told = Confirmation::new(ack, FIRST_EDGE);
+            assert_eq!(standby.read(TOLD), told.word());
             seen = now;
         }
         let sequence = standby.node.programs.prompted().unwrap();
         assert_eq!(sequence.get(0).unwrap().load(Ordering::SeqCst), 3);
+    });
+}
+
+#[test]
+fn of_long_segments_that_come_closely_every_second_is_confirmed_at_once() {
+    const LONG: usize = 40_000;
+    in_namespace(|| {
+        let mut standby = Pledging::new(XdpMode::Tc);
+        for name in ["eth0", "peer0"] {
+            run(&format!("ip link set {name} mtu 65535"));
+        }
+        let room = FIRST + 10 * LONG as u32;
+        standby.write(ROOM, Room::new(room, FIRST_EDGE).word());
+        let told = Confirmation::new(FIRST, FIRST_EDGE);
+        standby.write(TOLD, told.word());
+        let mut seq = FIRST;
+        let mut next = |standby: &mut Pledging, taken| {
+            standby.write(TAKEN, taken);
+            let said = standby.said(&copy(&data(seq, LONG))).is_some();
+            seq += LONG as u32;
+            assert_eq!(standby.held(), Held::new(ISN, seq));
+            let told = Confirmation::new(seq, FIRST_EDGE).word();
+            assert_eq!(standby.read(TOLD) == told, said);
+            assert!((1..u64::MAX).contains(&standby.read(TAKEN)));
+            said
+        };
+        const JUST_NOW: u64 = u64::MAX;
+        const LONG_AGO: u64 = 0;
+        let stream = [(); 4].map(|()| next(&mut standby, JUST_NOW));
+        assert_eq!(stream, [false, true, false, true]);
+        assert!(next(&mut standby, LONG_AGO));
     });
 }
 
